@@ -1,1 +1,18 @@
+"""spec → Program → Plan → torch modules and ONNX graphs."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from archwright.compiler.module import compile_module
+
+_LAZY = {"compile_module": "archwright.compiler.module"}
+
+__all__ = ["compile_module"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and onnx only for those who ask for what needs them."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,1 +1,1 @@
-
+"""A Plan applied to torch modules."""

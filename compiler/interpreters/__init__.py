@@ -1,1 +1,1 @@
-
+"""One Program, many readings: float64 oracle, cost, torch, ONNX."""

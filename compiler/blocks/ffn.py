@@ -1,0 +1,21 @@
+"""Feed-forward networks."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from archwright.compiler.blocks.linear import Linear
+from archwright.compiler.ir import Block, Ops, Scope
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiGLU(Block):
+    """down(silu(gate(x)) · up(x)) (Shazeer 2020)."""
+
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
+        return m.down_proj(ops.silu(m.gate_proj(x_BSD)) * m.up_proj(x_BSD))

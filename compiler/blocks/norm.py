@@ -1,0 +1,19 @@
+"""Normalisation."""
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from archwright.compiler.ir import Block, Ops, Param, Scope
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RMSNorm(Block):
+    """x / sqrt(mean(x²) + eps) · weight over the last dim, the mean in at least float32 (Zhang & Sennrich 2019)."""
+
+    weight: Param
+    eps: float
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
+        return ops.rms_norm(x_BSD, m.weight, self.eps)

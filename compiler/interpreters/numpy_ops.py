@@ -1,0 +1,117 @@
+"""The oracle: the Program in float64 NumPy, by the shortest code that is plainly right.
+
+B batch, S sequence, D hidden, N query heads, K key/value heads, G = N / K, H head_dim, V vocabulary, L visible positions,
+P cache capacity.
+"""
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from archwright.compiler.ir import Mask, Param, Program, RopeTable, Step
+from archwright.compiler.ir.program import instance_of
+
+Array = NDArray[Any]
+
+
+class NumpyOps:
+    """Ops over float64 arrays. weights: canonical name → array of the parameter's shape.
+
+    cache: (path, state) → array [B, K, P, H], updated in place; only read where the step has a write_index.
+    """
+
+    def __init__(self, weights: Mapping[str, Array], cache: dict[tuple[str, str], Array] | None = None) -> None:
+        self._weights = weights
+        self._cache = cache if cache is not None else {}
+
+    def scope(self, path: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def param(self, name: str, param: Param) -> Array:
+        weight = np.asarray(self._weights[name], dtype=np.float64)
+        assert weight.shape == param.shape, f"{name} is {weight.shape}, its block says {param.shape}"
+        return weight
+
+    def linear(self, x: Array, weight: Array, *, reduce: str | None) -> Array:
+        return x @ weight.T
+
+    def embed(self, ids_BS: Array, weight_VD: Array) -> Array:
+        return weight_VD[ids_BS]
+
+    def rms_norm(self, x_BSD: Array, weight_D: Array, eps: float) -> Array:
+        return x_BSD / np.sqrt(np.mean(x_BSD**2, axis=-1, keepdims=True) + eps) * weight_D
+
+    def silu(self, x: Array) -> Array:
+        return x * 0.5 * (1 + np.tanh(0.5 * x))  # x · sigmoid(x), without overflow
+
+    def split_heads(self, x: Array, head_dim: int) -> Array:
+        return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
+
+    def merge_heads(self, x: Array) -> Array:
+        x = x.swapaxes(1, 2)
+        return x.reshape(*x.shape[:2], -1)
+
+    def rope(self, x_BNSH: Array, table: RopeTable, step: Step[Array]) -> Array:
+        angle_B1SH = step.positions_BS[:, None, :, None] * np.array(table.frequencies())
+        first, second = np.split(x_BNSH, 2, axis=-1)
+        cos, sin = np.cos(angle_B1SH), np.sin(angle_B1SH)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    def kv_update(self, m: Any, name: str, x_BKSH: Array, step: Step[Array]) -> Array:
+        if step.write_index_B is None or step.kv_positions_L is None:
+            return x_BKSH
+        cache_BKPH = self._cache[m.path, name]
+        for row, start in enumerate(step.write_index_B):
+            cache_BKPH[row, :, start : start + x_BKSH.shape[2]] = x_BKSH[row]
+        return cache_BKPH[:, :, : len(step.kv_positions_L)]
+
+    def attention(
+        self, q_BNSH: Array, k_BKLH: Array, v_BKLH: Array, *, mask: Mask, scale: float, step: Step[Array]
+    ) -> Array:
+        groups = q_BNSH.shape[1] // k_BKLH.shape[1]
+        k_BNLH, v_BNLH = np.repeat(k_BKLH, groups, axis=1), np.repeat(v_BKLH, groups, axis=1)
+        keys_BL = step.positions_BS if step.kv_positions_L is None else step.kv_positions_L[None]
+        visible_B1SL = (keys_BL[:, None, :] <= step.positions_BS[:, :, None])[:, None]
+        score_BNSL = np.where(visible_B1SL, scale * (q_BNSH @ k_BNLH.swapaxes(2, 3)), -np.inf)
+        weight_BNSL = np.exp(score_BNSL - score_BNSL.max(axis=-1, keepdims=True))
+        return weight_BNSL / weight_BNSL.sum(axis=-1, keepdims=True) @ v_BNLH
+
+    def linear_cross_entropy(self, x_BSD: Array, weight_VD: Array, targets_BS: Array) -> tuple[Array, int]:
+        logits_BSV = x_BSD @ weight_VD.T
+        largest_BS1 = logits_BSV.max(axis=-1, keepdims=True)
+        log_sum_BS = np.log(np.exp(logits_BSV - largest_BS1).sum(axis=-1)) + largest_BS1[..., 0]
+        valid_BS = targets_BS != -100
+        picked_BS = np.take_along_axis(logits_BSV, np.where(valid_BS, targets_BS, 0)[..., None], axis=-1)[..., 0]
+        return np.sum((log_sum_BS - picked_BS) * valid_BS), int(valid_BS.sum())
+
+
+def run_numpy(
+    program: Program,
+    weights: Mapping[str, Array],
+    ids_BS: Array,
+    *,
+    step: Step[Array] | None = None,
+    cache: dict[tuple[str, str], Array] | None = None,
+) -> Any:
+    """Logits [B, S, V] in float64, or (loss_sum, num_tokens) where the step carries targets.
+
+    step: positions 0..S-1 by default. cache: see `make_cache`; needed where the step has a write_index.
+    """
+    if step is None:
+        step = Step(positions_BS=np.broadcast_to(np.arange(ids_BS.shape[1]), ids_BS.shape))
+    return program.run(instance_of(program, NumpyOps(weights, cache)), ids_BS, step)
+
+
+def make_cache(
+    program: Program, *, batch: int, positions: int, dtype: Any = np.float64
+) -> dict[tuple[str, str], Array]:
+    """Zeroed states of a Program: (path, name) → [batch, kv_heads, positions, head_dim]."""
+    known = {"batch": batch, "positions": positions}
+    return {
+        (path, name): np.zeros([known.get(a, size) for a, size in zip(s.axes, s.sizes, strict=True)], dtype)
+        for path, states in program.states().items()
+        for name, s in states.items()
+    }

@@ -1,0 +1,152 @@
+"""A Program as a tree of `nn.Module`s whose names are the canonical ones. B batch, S sequence, V vocabulary."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from archwright.compiler.blocks import Rope
+from archwright.compiler.interpreters.torch_ops import TorchOps, TorchStep, make_step
+from archwright.compiler.ir import Block, Program, RopeTable, Segment
+
+Cache = Mapping[str, Mapping[str, torch.Tensor]]
+"""Path of a block → name of its state → tensor [batch, kv_heads, positions, head_dim]."""
+
+
+class BlockModule(nn.Module):
+    """torch's instance of a block: runs `block.forward` with itself as the scope."""
+
+    def __init__(self, block: Block, ops: TorchOps, path: str) -> None:
+        super().__init__()
+        self.block = block
+        self.ops = ops
+        self.path = path
+        self.cache: Mapping[str, torch.Tensor] = {}
+        self._borrowed: dict[str, tuple[nn.Module]] = {}  # in tuples, so that nn.Module does not register them
+
+    def forward(self, x: torch.Tensor, *args: Any) -> Any:
+        if self.block.enter is not None:
+            x = self.ops.enter(x, self.block.enter)
+        return self.block.forward(self.ops, self, x, *args)
+
+    def borrow(self, name: str, owner: nn.Module) -> None:
+        """Read `name` (a child, or a parameter of that name) from `owner` at each use: a tie that nothing can undo."""
+        self._borrowed[name] = (owner,)
+
+    def __getattr__(self, name: str) -> Any:
+        parameters = self.__dict__["_parameters"]
+        if name in parameters:
+            return self.ops.param(parameters[name], getattr(self.block, name))
+        borrowed = self.__dict__.get("_borrowed", {})
+        if name in borrowed:
+            owner = borrowed[name][0]
+            return getattr(owner, name) if name in self.block.params() else owner
+        return super().__getattr__(name)
+
+
+class TorchProgram(nn.Module):
+    """The trainable model. `state_dict` keys are the canonical (Hugging Face) names; a tied head has no key.
+
+    module(ids_BS) → logits [B, S, V]; module(ids_BS, targets_BS) → (loss_sum, num_tokens), -100 not counted.
+    With `write_index_B` and `visible` the call reads and writes the cache bound by `bind_cache`.
+    """
+
+    def __init__(self, program: Program, ops: TorchOps, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        """dtype: of the parameters, which are left uninitialised; `ops.dtype` is that of the computation."""
+        super().__init__()
+        self.program = program
+        self.ops = ops
+        self._segments: list[BlockModule] = []
+        self._tables: dict[str, RopeTable] = {
+            block.table.key: block.table for _, block in program.blocks() if isinstance(block, Rope)
+        }
+        self._by_path: dict[str, BlockModule] = {}
+        owners: dict[str, BlockModule] = {}
+        for segment in program.segments:
+            self._segments.append(self._build(segment.block, segment.path, owners, dtype, device))
+
+    def _build(
+        self, block: Block, path: str, owners: dict[str, BlockModule], dtype: torch.dtype, device: torch.device | str
+    ) -> BlockModule:
+        module = BlockModule(block, self.ops, path)
+        if path:
+            self._attach(path, module)
+        self._by_path[path] = module
+        for name, param in block.params().items():
+            owner = owners.setdefault(param.share, module) if param.share else module
+            if owner is module:
+                module.register_parameter(name, nn.Parameter(torch.empty(param.shape, dtype=dtype, device=device)))
+            else:
+                module.borrow(name, owner)
+        for name, sub in block.children().items():
+            sub_path = block.child_path(name, path)
+            sub_module = self._build(sub, sub_path, owners, dtype, device)
+            if name not in module._modules:
+                module.borrow(name, sub_module)
+        return module
+
+    def _attach(self, path: str, module: nn.Module) -> None:
+        """Register `module` under its dotted path, with plain containers above it where no block stands."""
+        parent: nn.Module = self
+        *above, name = path.split(".")
+        for part in above:
+            if part not in parent._modules:
+                parent.add_module(part, nn.Module())
+            parent = parent._modules[part]  # pyright: ignore[reportAssignmentType]
+        parent.add_module(name, module)
+
+    def forward(
+        self,
+        ids_BS: torch.Tensor,
+        targets_BS: torch.Tensor | None = None,
+        *,
+        positions_BS: torch.Tensor | None = None,
+        write_index_B: torch.Tensor | None = None,
+        visible: int | None = None,
+    ) -> Any:
+        step: TorchStep = make_step(
+            self._tables,
+            ids_BS,
+            self.ops.dtype,
+            positions_BS=positions_BS,
+            write_index_B=write_index_B,
+            visible=visible,
+            targets_BS=targets_BS,
+        )
+        modules: Iterator[BlockModule] = iter(self._segments)
+
+        def bind(_: Segment) -> BlockModule:
+            return next(modules)
+
+        return self.program.run(bind, ids_BS, step)
+
+    def layers(self) -> list[BlockModule]:
+        """The segments between embedding and head: what is compiled, checkpointed and sharded one by one."""
+        return self._segments[1:-1]
+
+    def compile_layers(self, **options: Any) -> None:
+        """torch.compile each layer in place; equal layers share their code."""
+        for layer in self.layers():
+            layer.compile(fullgraph=True, **options)
+
+    def make_cache(self, *, batch: int, positions: int, dtype: torch.dtype | None = None) -> Cache:
+        """Zeroed states for `batch` rows of `positions` tokens."""
+        known = {"batch": batch, "positions": positions}
+        device = next(self.parameters()).device
+        return {
+            path: {
+                name: torch.zeros(
+                    [known.get(axis, size) for axis, size in zip(state.axes, state.sizes, strict=True)],
+                    dtype=dtype or self.ops.dtype,
+                    device=device,
+                )
+                for name, state in states.items()
+            }
+            for path, states in self.program.states().items()
+        }
+
+    def bind_cache(self, cache: Cache) -> None:
+        """Make `cache` the one that calls with `write_index_B` update in place."""
+        for path, states in cache.items():
+            self._by_path[path].cache = states

@@ -1,0 +1,145 @@
+"""torch: the same Program as `nn.Module`s that train and run.
+
+B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V vocabulary, L visible positions,
+P cache capacity, T = B · S tokens.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from archwright.compiler.distributed.collectives import copy_to, reduce_from
+from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy
+from archwright.compiler.ir import Mask, Param, RopeTable, Step
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchStep(Step[Tensor]):
+    """A step with what is the same in every layer, computed once: the rotations by table and the cache's mask."""
+
+    rotations: Mapping[str, tuple[Tensor, Tensor]]
+    visible_B1SL: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchOps:
+    """Ops over torch tensors.
+
+    dtype: of the computation; parameters may be wider (float32 masters under bfloat16) and are cast where they are used.
+    groups, ranks: mesh axis → process group and this rank's coordinate on it; empty on one device.
+    """
+
+    dtype: torch.dtype
+    groups: Mapping[str, ProcessGroup] = field(default_factory=dict[str, ProcessGroup])
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
+
+    def enter(self, x: Tensor, mesh_axis: str) -> Tensor:
+        return copy_to(x, self.groups[mesh_axis])
+
+    def param(self, value: Tensor, param: Param) -> Tensor:
+        """The part of a parameter that this rank computes with."""
+        if not isinstance(value, DTensor):
+            return value
+        local, split = value.to_local(), param.split
+        if split is None or split.parts == split.degree:
+            return local
+        # Fewer key/value heads than ranks: the weight is replicated, each rank uses one head and adds its gradient.
+        return copy_to(local, self.groups[split.mesh_axis])[split.slices(param.shape, self.ranks[split.mesh_axis])]
+
+    def linear(self, x: Tensor, weight: Tensor, *, reduce: str | None) -> Tensor:
+        y = F.linear(x, weight.to(x.dtype))
+        return y if reduce is None else reduce_from(y, self.groups[reduce])
+
+    def embed(self, ids_BS: Tensor, weight_VD: Tensor) -> Tensor:
+        return F.embedding(ids_BS, weight_VD).to(self.dtype)
+
+    def rms_norm(self, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        wide_BSD = x_BSD.to(_at_least_float32(x_BSD.dtype))
+        normed_BSD = wide_BSD * torch.rsqrt(wide_BSD.square().mean(-1, keepdim=True) + eps)
+        return normed_BSD.to(x_BSD.dtype) * weight_D.to(x_BSD.dtype)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
+        return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2).flatten(2)
+
+    def rope(self, x_BNSH: Tensor, table: RopeTable, step: TorchStep) -> Tensor:
+        cos_B1SH, sin_B1SH = step.rotations[table.key]
+        first, second = x_BNSH.to(cos_B1SH.dtype).chunk(2, dim=-1)
+        rotated = torch.cat([first * cos_B1SH - second * sin_B1SH, second * cos_B1SH + first * sin_B1SH], dim=-1)
+        return rotated.to(x_BNSH.dtype)
+
+    def kv_update(self, m: Any, name: str, x_BKSH: Tensor, step: TorchStep) -> Tensor:
+        if step.write_index_B is None or step.kv_positions_L is None:
+            return x_BKSH
+        cache_BKPH = m.cache[name]
+        batch, _, length, _ = x_BKSH.shape
+        rows_BS = step.write_index_B[:, None] + torch.arange(length, device=x_BKSH.device)
+        cache_BKPH[torch.arange(batch, device=x_BKSH.device)[:, None], :, rows_BS] = x_BKSH.transpose(1, 2)
+        return cache_BKPH[:, :, : step.kv_positions_L.shape[0]]
+
+    def attention(
+        self, q_BNSH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, *, mask: Mask, scale: float, step: TorchStep
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            q_BNSH,
+            k_BKLH,
+            v_BKLH,
+            attn_mask=step.visible_B1SL,
+            is_causal=step.visible_B1SL is None,
+            scale=scale,
+            enable_gqa=q_BNSH.shape[1] != k_BKLH.shape[1],
+        )
+
+    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        targets_T = targets_BS.flatten()
+        loss_sum = LinearCrossEntropy.apply(x_BSD.flatten(0, 1), weight_VD, targets_T)
+        return loss_sum, (targets_T != -100).sum()
+
+
+def make_step(
+    tables: Mapping[str, RopeTable],
+    ids_BS: Tensor,
+    dtype: torch.dtype,
+    *,
+    positions_BS: Tensor | None = None,
+    write_index_B: Tensor | None = None,
+    visible: int | None = None,
+    targets_BS: Tensor | None = None,
+) -> TorchStep:
+    """The step of a forward over ids [B, S]: positions 0..S-1 by default; with a cache, its first `visible` rows."""
+    device = ids_BS.device
+    if positions_BS is None:
+        positions_BS = torch.arange(ids_BS.shape[1], device=device).expand(ids_BS.shape)
+    kv_positions_L = None if visible is None else torch.arange(visible, device=device)
+    return TorchStep(
+        positions_BS=positions_BS,
+        write_index_B=write_index_B,
+        kv_positions_L=kv_positions_L,
+        targets_BS=targets_BS,
+        rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
+        visible_B1SL=None if kv_positions_L is None else kv_positions_L <= positions_BS[:, None, :, None],
+    )
+
+
+def _rotation(table: RopeTable, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, S, H/2]. The angle is formed in float64, since float32 is off by 4e-3 at position 131,071."""
+    frequencies = torch.tensor(table.frequencies(), dtype=torch.float64, device=positions_BS.device)
+    angle_B1SH = positions_BS[:, None, :, None] * frequencies
+    wide = _at_least_float32(dtype)
+    return angle_B1SH.cos().to(wide), angle_B1SH.sin().to(wide)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,54 @@
+"""Blocks: frozen values that say what a layer computes, once for every interpreter."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from archwright.compiler.ir.ops import Ops, Scope, Step
+from archwright.compiler.ir.param import Axis, Param
+
+
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """A tensor that a block keeps between the steps of a generation.
+
+    axes: "batch" and "positions" are sized by whoever allocates; `sizes` gives the others, 0 where the allocator decides.
+    growth: linear = one row a token.
+    """
+
+    axes: tuple[Axis | Literal["batch", "positions"], ...]
+    sizes: tuple[int, ...]
+    growth: Literal["linear"] = "linear"
+
+
+def child(path: str) -> Any:
+    """A child whose canonical name is `path` from the root, not its parent's path plus the field's name."""
+    return field(metadata={"path": path})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A layer as a value: its fields are parameters, child blocks and plain numbers; equal layers are equal values.
+
+    enter: written by `partition`: the mesh axis over which this block's ranks compute different parts of the same
+    input. Its gradient is then summed over the axis (the forward is the identity).
+    """
+
+    enter: str | None = None
+
+    def forward(self, ops: Ops[Any], m: Scope[Any], x: Any, step: Step[Any]) -> Any:
+        raise TypeError(f"{type(self).__name__} is called with other arguments or has no forward")
+
+    def state(self) -> dict[str, State]:
+        """Tensors that outlive a step, by name."""
+        return {}
+
+    def params(self) -> dict[str, Param]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Param)}
+
+    def children(self) -> dict[str, "Block"]:
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Block)}
+
+    def child_path(self, name: str, path: str) -> str:
+        """Canonical path of the child `name` of this block at `path`."""
+        absolute: str | None = next(f.metadata.get("path") for f in fields(self) if f.name == name)
+        return absolute or (f"{path}.{name}" if path else name)

@@ -1,0 +1,52 @@
+"""Values that blocks hold and interpreters lower: masks and rotary tables."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Causal:
+    """A token at position p sees the positions ≤ p."""
+
+
+Mask = Causal
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeTable:
+    """The angles of rotary position embedding: angle[p, i] = p · frequency[i], i < head_dim / 2.
+
+    Frequencies are theta^(-2i / head_dim) (Su et al. 2021). With `factor` they are scaled as Llama 3.1 does: wavelengths
+    over original_positions / low are divided by `factor`, those under original_positions / high are kept, and
+    between the two the divisor moves linearly in the number of turns.
+    """
+
+    head_dim: int
+    theta: float
+    max_positions: int
+    factor: float | None = None
+    low: float = 1.0
+    high: float = 4.0
+    original_positions: int = 8192
+
+    def frequencies(self) -> tuple[float, ...]:
+        """head_dim / 2 angles per position, radians, fastest first."""
+        plain = [self.theta ** (-2 * i / self.head_dim) for i in range(self.head_dim // 2)]
+        return tuple(plain if self.factor is None else [self._scaled(f, self.factor) for f in plain])
+
+    def _scaled(self, frequency: float, factor: float) -> float:
+        turns = self.original_positions * frequency / (2 * math.pi)
+        if turns > self.high:
+            return frequency
+        if turns < self.low:
+            return frequency / factor
+        smooth = (turns - self.low) / (self.high - self.low)
+        return (1 - smooth) * frequency / factor + smooth * frequency
+
+    @property
+    def key(self) -> str:
+        """A name for this table, equal for equal tables."""
+        scaling = (
+            "" if self.factor is None else f"_{self.factor:g}_{self.low:g}_{self.high:g}_{self.original_positions}"
+        )
+        return f"rope_{self.head_dim}_{self.theta:g}_{self.max_positions}{scaling}"
