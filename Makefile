@@ -26,6 +26,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## make .venv and install Archwright with everything that the demo and the tests need
+	@echo "Ready. To type \`archwright\` without a path: . $(BIN)/activate"
 
 $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "There is no $(PYTHON). Name one: make PYTHON=python3.12 ..." >&2; exit 1; }
@@ -42,7 +43,6 @@ $(READY): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip --disable-pip-version-check --quiet install -c $(CONSTRAINTS) tensorrt-rtx-cu13 \
 	    || echo "NOTE: TensorRT for RTX does not install here. Engines are not built, and their tests are skipped."
 	@touch $(READY)
-	@echo "Ready. To type \`archwright\` without a path: . $(BIN)/activate"
 
 demo: $(READY) ## train, finetune, export, verify and generate: about 6 minutes on 2 cores
 	@$(BIN)/python examples/demo/run.py

@@ -1,10 +1,11 @@
 """Run pyright through the link tree, and fail when it looked at fewer files than the four folders hold.
 
-Pyright does not descend into a link that it was not told of, and then reports success about nothing; the count shows it.
-Exit status: pyright's own, or 1 when files are missing.
+Pyright does not descend into a link that it was not told of, and then reports success about nothing; the count shows
+it. Exit status: pyright's own, or 1 when files are missing.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -28,10 +29,14 @@ def print_report(report: dict[str, Any]) -> None:
     """One line per finding, in the form that editors and CI logs link to."""
     for finding in report["generalDiagnostics"]:
         start = finding["range"]["start"] if "range" in finding else {"line": 0, "character": 0}
-        where = f"{finding['file']}:{start['line'] + 1}:{start['character'] + 1}"
+        # The file itself, not the link that led to it.
+        where = (
+            f"{os.path.relpath(os.path.realpath(finding['file']), ROOT)}:{start['line'] + 1}:{start['character'] + 1}"
+        )
         print(f"{where}: {finding['severity']}: {finding['message']} ({finding.get('rule', 'pyright')})")
     summary = report["summary"]
-    print(f"pyright: {summary['errorCount']} errors, {summary['warningCount']} warnings in {summary['filesAnalyzed']} files")
+    counts = f"{summary['errorCount']} errors, {summary['warningCount']} warnings"
+    print(f"pyright: {counts} in {summary['filesAnalyzed']} files")
 
 
 def main() -> int:
@@ -45,7 +50,10 @@ def main() -> int:
     print_report(report)
     expected = count_files(ROOT)
     if missing := missing_files(report, expected):
-        print(f"pyright looked at {missing} files fewer than the {expected} that {', '.join(FOLDERS)} hold", file=sys.stderr)
+        print(
+            f"pyright looked at {missing} files fewer than the {expected} that {', '.join(FOLDERS)} hold",
+            file=sys.stderr,
+        )
         return 1
     return run.returncode
 
