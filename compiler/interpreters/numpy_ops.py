@@ -1,6 +1,6 @@
 """The oracle: the Program in float64 NumPy, by the shortest code that is plainly right.
 
-B batch, S sequence, D hidden, N query heads, K key/value heads, G = N / K, H head_dim, V vocabulary, L visible positions,
+B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V vocabulary, L visible positions,
 P cache capacity.
 """
 

@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class TorchStep(Step[Tensor]):
-    """A step with what is the same in every layer, computed once: the rotations by table and the cache's mask."""
+    """A step with what is the same in every layer, computed once: rotations by table, the mask of the cache."""
 
     rotations: Mapping[str, tuple[Tensor, Tensor]]
     visible_B1SL: Tensor | None = None
@@ -32,7 +32,7 @@ class TorchStep(Step[Tensor]):
 class TorchOps:
     """Ops over torch tensors.
 
-    dtype: of the computation; parameters may be wider (float32 masters under bfloat16) and are cast where they are used.
+    dtype: of the computation; parameters may be wider (float32 masters under bfloat16), each use casts them.
     groups, ranks: mesh axis → process group and this rank's coordinate on it; empty on one device.
     """
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from archwright.compiler.ir.ops import Ops, Scope, Step
 from archwright.compiler.ir.param import Axis, Param
 
 
@@ -11,7 +10,7 @@ from archwright.compiler.ir.param import Axis, Param
 class State:
     """A tensor that a block keeps between the steps of a generation.
 
-    axes: "batch" and "positions" are sized by whoever allocates; `sizes` gives the others, 0 where the allocator decides.
+    axes: "batch" and "positions" are sized by whoever allocates; `sizes` gives the others and has 0 there.
     growth: linear = one row a token.
     """
 
@@ -35,8 +34,9 @@ class Block:
 
     enter: str | None = None
 
-    def forward(self, ops: Ops[Any], m: Scope[Any], x: Any, step: Step[Any]) -> Any:
-        raise TypeError(f"{type(self).__name__} is called with other arguments or has no forward")
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """forward(ops, m, x, ...): the mathematics, with `m` the interpreter's instance of this block."""
+        raise TypeError(f"{type(self).__name__} has no forward")
 
     def state(self) -> dict[str, State]:
         """Tensors that outlive a step, by name."""

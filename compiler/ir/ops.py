@@ -1,8 +1,8 @@
 """What an interpreter offers to a block's `forward`.
 
 T is the interpreter's tensor: an array, a torch tensor, a value of an ONNX graph, a shape with a cost.
-Shape suffixes: B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, F feed-forward, V vocabulary,
-L visible cache positions, P cache capacity.
+Shape suffixes: B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, F feed-forward,
+V vocabulary, L visible cache positions, P cache capacity.
 """
 
 from dataclasses import dataclass
@@ -18,9 +18,10 @@ T_co = TypeVar("T_co", covariant=True)
 class Step(Generic[T]):
     """Where the tokens of one call stand.
 
-    positions_BS: position of each token. write_index_B, kv_positions_L: with a cache, the row where the first token's
-    key goes, and 0..L-1 for the rows that may be visible; both None without a cache. targets_BS: with targets the Program
-    returns (loss_sum, num_tokens) instead of logits; -100 marks a token that does not count.
+    positions_BS: position of each token.
+    write_index_B, kv_positions_L: with a cache, the row where the first token's key goes, and 0..L-1 for the rows that
+    may be visible; both None without a cache.
+    targets_BS: with targets the Program returns (loss_sum, num_tokens) instead of logits; -100 does not count.
     """
 
     positions_BS: T
@@ -61,7 +62,7 @@ class Ops(Protocol[T]):
         ...
 
     def kv_update(self, m: Scope[T], name: str, x_BKSH: T, step: Step[T]) -> T:
-        """Without a cache: x. With one: write x into the state `name` of `m` at write_index, return its first L rows."""
+        """Without a cache: x. With one: write x into the state `name` of `m` at write_index; its first L rows."""
         ...
 
     def attention(self, q_BNSH: T, k_BKLH: T, v_BKLH: T, *, mask: Mask, scale: float, step: Step[T]) -> T:

@@ -19,7 +19,7 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """A parameter at its place. name: the canonical name of the tensor; owner: whether this is the place that owns it."""
+    """A parameter at its place. name: the canonical name of the tensor; owner: whether this place owns it."""
 
     name: str
     param: Param

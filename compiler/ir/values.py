@@ -16,9 +16,9 @@ Mask = Causal
 class RopeTable:
     """The angles of rotary position embedding: angle[p, i] = p · frequency[i], i < head_dim / 2.
 
-    Frequencies are theta^(-2i / head_dim) (Su et al. 2021). With `factor` they are scaled as Llama 3.1 does: wavelengths
-    over original_positions / low are divided by `factor`, those under original_positions / high are kept, and
-    between the two the divisor moves linearly in the number of turns.
+    Frequencies are theta^(-2i / head_dim) (Su et al. 2021). With `factor` they are scaled as Llama 3.1 does:
+    wavelengths over original_positions / low are divided by `factor`, those under original_positions / high are
+    kept, and between the two the divisor moves linearly in the number of turns.
     """
 
     head_dim: int

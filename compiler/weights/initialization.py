@@ -46,11 +46,11 @@ def draw(param: Param, name: str, seed: int, slices: tuple[slice, ...] | None = 
     first, last = bounds[0]
     rows_at_once = max(1, (16 * BLOCK) // row_size)
     inner = tuple(slice(start, stop) for start, stop in bounds[1:])
-    key = _key(seed, name)
+    key, std = _key(seed, name), param.init.std
 
     def fill(start: int) -> None:
         stop = min(start + rows_at_once, last)
-        flat = _stream(key, start * row_size, stop * row_size, param.init.std)
+        flat = _stream(key, start * row_size, stop * row_size, std)
         out[start - first : stop - first] = flat.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
 
     _quantiles()
