@@ -113,3 +113,26 @@ def test_pyright_covers_every_file_and_finds_a_planted_fault(tmp_path: Path) -> 
     assert result.returncode == 1
     assert re.search(r"compiler/ir/planted\.py:1:\d+: error: .*value", result.stdout), result.stdout
     assert "files fewer" not in result.stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("file", "line", "contract"),
+    [
+        ("compiler/ir/planted.py", "import archwright.runtime.doctor", "spec <- compiler <- runtime <- trainers"),
+        ("spec/planted.py", "import torch", "the language needs neither torch nor numpy"),
+        ("compiler/blocks/planted.py", "import numpy", "the IR and the blocks are plain Python"),
+        ("spec/planted.py", "import json", None),
+    ],
+)
+def test_the_import_contracts_find_a_planted_fault(file: str, line: str, contract: str | None, tmp_path: Path) -> None:
+    """On a copy laid out as the wheel has it; a folder on the path comes before the editable installation."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "pyproject.toml")
+    for folder in ("spec", "compiler", "runtime", "trainers"):
+        shutil.copytree(ROOT / folder, tmp_path / "archwright" / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "archwright" / file).write_text(f"{line}\n")
+    command = [Path(sys.executable).parent / "lint-imports", "--no-cache"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == (1 if contract else 0), result.stdout + result.stderr
+    if contract:
+        assert f"{contract} BROKEN" in result.stdout and "planted" in result.stdout
