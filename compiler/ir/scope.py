@@ -23,6 +23,6 @@ class Instance:
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.block, name)
         if isinstance(value, Block):
-            return Instance(value, self.block.child_path(name, self.path), self._ops, self._sites)
+            return type(self)(value, self.block.child_path(name, self.path), self._ops, self._sites)
         site = self._sites[f"{self.path}.{name}" if self.path else name]
         return self._ops.param(site.name, site.param)

@@ -1,0 +1,291 @@
+"""Shapes, placements and cost of a Program, without numbers: plain Python, no arrays.
+
+A value knows its shape and where it lies on the mesh; each operation checks both and counts its FLOPs. The verifier
+reads the checks, `plan` the counts.
+
+B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V vocabulary, L visible positions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+from archwright.compiler.blocks import Embedding
+from archwright.compiler.ir import Block, Instance, Mask, Param, Program, RopeTable, Segment, Split, Step
+from archwright.spec import ArchwrightError
+
+
+class Disagreement(Exception):
+    """Two things in a block do not fit; `CostOps.scope` adds the block's path and raises an ArchwrightError."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code = code
+        self.message = message
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shaped:
+    """A tensor without its numbers.
+
+    sharded: the mesh axis over which the ranks hold different parts, None for a value that all ranks hold.
+    entered: the mesh axis over which the gradient of this (replicated) value is summed.
+    split: how a parameter is cut; None for what is computed.
+    """
+
+    shape: tuple[int, ...]
+    sharded: str | None = None
+    entered: str | None = None
+    split: Split | None = None
+
+    def __add__(self, other: "Shaped") -> "Shaped":
+        return self._combine(other, "added")
+
+    def __mul__(self, other: "Shaped") -> "Shaped":
+        return self._combine(other, "multiplied")
+
+    def _combine(self, other: "Shaped", word: str) -> "Shaped":
+        if self.shape != other.shape:
+            raise Disagreement("IR008", f"{list(self.shape)} and {list(other.shape)} are {word}")
+        if self.sharded != other.sharded:
+            raise Disagreement("IR009", f"a value {_place(self)} and one {_place(other)} are {word}")
+        other.plain()
+        return replace(self.plain(), split=None)
+
+    def plain(self) -> "Shaped":
+        """This value, where every use of it must be the same on all ranks: it may not have entered a mesh axis."""
+        if self.entered is not None:
+            raise Disagreement(
+                "IR009",
+                f"a value that entered `{self.entered}` is used where all ranks compute the same, so its gradient would "
+                "be counted once a rank",
+            )
+        return self
+
+
+def _place(value: Shaped) -> str:
+    return f"sharded over `{value.sharded}`" if value.sharded else "that all ranks hold"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """One operation of a forward. flops: all query-key pairs. causal_flops: the visible half of them only.
+
+    all_reduce_elements: elements that each rank sums over the mesh axis.
+    """
+
+    path: str
+    op: str
+    flops: int
+    causal_flops: int
+    all_reduce_elements: int = 0
+
+
+class CostScope(Instance):
+    """An instance of a block that records which of its parameters and children are read."""
+
+    _ops: "CostOps"
+
+    def __call__(self, *args: Any) -> Any:
+        if self.block.enter is None:
+            return super().__call__(*args)
+        x, *rest = args
+        return super().__call__(replace(x, entered=self.block.enter), *rest)
+
+    def __getattr__(self, name: str) -> Any:
+        if not isinstance(getattr(self.block, name, None), Block | Param):
+            known = ", ".join([*self.block.children(), *self.block.params()])
+            raise Disagreement("IR006", f"`m.{name}` is neither a child nor a parameter of the block; it has {known}")
+        self._ops.reads.add((self.path, name))
+        return super().__getattr__(name)
+
+
+class CostOps:
+    """Ops over `Shaped` values.
+
+    splits: canonical name → how the parameter is cut, for Programs of local sizes; None: as the parameters say.
+    """
+
+    def __init__(self, splits: Mapping[str, Split | None] | None = None) -> None:
+        self.costs: list[Cost] = []
+        self.reads: set[tuple[str, str]] = set()
+        self.states: list[tuple[str, str]] = []
+        self._splits = splits
+        self._paths: list[str] = []
+
+    @contextmanager
+    def scope(self, path: str) -> Iterator[None]:
+        self._paths.append(path)
+        try:
+            yield
+        except Disagreement as error:
+            raise ArchwrightError(error.code, error.message, where=path or "the last segment") from None
+        finally:
+            self._paths.pop()
+
+    def param(self, name: str, param: Param) -> Shaped:
+        return Shaped(shape=param.shape, split=param.split if self._splits is None else self._splits[name])
+
+    def linear(self, x: Shaped, weight: Shaped, *, reduce: str | None) -> Shaped:
+        if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
+            raise Disagreement("IR008", f"{list(x.shape)} meets a matrix {list(weight.shape)} of [out, in]")
+        y = Shaped(shape=(*x.shape[:-1], weight.shape[0]), sharded=self._linear_placement(x, weight.split, reduce))
+        self._count("linear", 2 * prod(x.shape) * weight.shape[0], reduced=prod(y.shape) if reduce else 0)
+        return y
+
+    def _linear_placement(self, x: Shaped, split: Split | None, reduce: str | None) -> str | None:
+        """The axis that the output is sharded over; checks that `enter` and `reduce` stand exactly where they must."""
+        contracted = split.mesh_axis if split and split.dim == 1 else None
+        if reduce != contracted:
+            raise Disagreement("IR009", f"`reduce` is {reduce}, and the contraction runs over {contracted}")
+        if x.sharded != contracted:
+            raise Disagreement("IR009", f"the input is {_place(x)}, the weight's columns are cut over {contracted}")
+        if split is None or contracted:
+            x.plain()
+            return None
+        if x.entered != split.mesh_axis:
+            raise Disagreement("IR009", f"the rows are cut over `{split.mesh_axis}`, but the parent has no such `enter`")
+        return split.mesh_axis
+
+    def embed(self, ids_BS: Shaped, weight_VD: Shaped) -> Shaped:
+        if weight_VD.split is not None:
+            raise Disagreement("IR009", "an embedding cannot be cut")
+        return Shaped(shape=(*ids_BS.shape, weight_VD.shape[1]))
+
+    def rms_norm(self, x_BSD: Shaped, weight_D: Shaped, eps: float) -> Shaped:
+        if weight_D.shape != x_BSD.shape[-1:]:
+            raise Disagreement("IR008", f"{list(x_BSD.shape)} meets a norm of {list(weight_D.shape)}")
+        if x_BSD.sharded or weight_D.split:
+            raise Disagreement("IR009", "a norm over a sharded dim")
+        return x_BSD.plain()
+
+    def silu(self, x: Shaped) -> Shaped:
+        return x.plain()
+
+    def split_heads(self, x: Shaped, head_dim: int) -> Shaped:
+        batch, sequence, width = x.shape
+        if width % head_dim:
+            raise Disagreement("IR008", f"{width} is not a whole number of heads of {head_dim}")
+        return replace(x.plain(), shape=(batch, width // head_dim, sequence, head_dim))
+
+    def merge_heads(self, x: Shaped) -> Shaped:
+        batch, heads, sequence, head_dim = x.shape
+        return replace(x.plain(), shape=(batch, sequence, heads * head_dim))
+
+    def rope(self, x_BNSH: Shaped, table: RopeTable, step: Step[Shaped]) -> Shaped:
+        if x_BNSH.shape[-1] != table.head_dim or table.head_dim % 2:
+            raise Disagreement("IR008", f"heads of {x_BNSH.shape[-1]} meet a rotation of {table.head_dim}")
+        return x_BNSH.plain()
+
+    def kv_update(self, m: Any, name: str, x_BKSH: Shaped, step: Step[Shaped]) -> Shaped:
+        state = m.block.state().get(name)
+        if state is None:
+            raise Disagreement("IR006", f"state `{name}` is not declared")
+        if step.kv_positions_L is None:
+            return x_BKSH
+        self.states.append((m.path, name))
+        batch, kv_heads, _, head_dim = x_BKSH.shape
+        if state.sizes != (0, kv_heads, 0, head_dim):
+            raise Disagreement("IR008", f"state `{name}` is declared {list(state.sizes)} and given {list(x_BKSH.shape)}")
+        return replace(x_BKSH, shape=(batch, kv_heads, step.kv_positions_L.shape[0], head_dim))
+
+    def attention(
+        self, q_BNSH: Shaped, k_BKLH: Shaped, v_BKLH: Shaped, *, mask: Mask, scale: float, step: Step[Shaped]
+    ) -> Shaped:
+        batch, heads, queries, head_dim = q_BNSH.shape
+        _, kv_heads, keys, _ = k_BKLH.shape
+        if k_BKLH.shape != v_BKLH.shape or (batch, head_dim) != (k_BKLH.shape[0], k_BKLH.shape[3]) or heads % kv_heads:
+            shapes = ", ".join(str(list(value.shape)) for value in (q_BNSH, k_BKLH, v_BKLH))
+            raise Disagreement("IR008", f"queries, keys and values {shapes} do not fit")
+        if not q_BNSH.sharded == k_BKLH.sharded == v_BKLH.sharded:
+            raise Disagreement("IR009", f"queries {_place(q_BNSH)}, keys {_place(k_BKLH)}, values {_place(v_BKLH)}")
+        # Two matmuls: scores and weighted sum, 2 · pairs · H each. Of S · L pairs a causal mask hides the triangle over
+        # the S new tokens, S² / 2 by the convention of MFU figures (S (S - 1) / 2 exactly).
+        pairs = batch * heads * queries * keys
+        hidden = batch * heads * queries * queries
+        self._count("attention", 4 * pairs * head_dim, causal=4 * pairs * head_dim - 2 * hidden * head_dim)
+        return q_BNSH
+
+    def linear_cross_entropy(self, x_BSD: Shaped, weight_VD: Shaped, targets_BS: Shaped) -> tuple[Shaped, Shaped]:
+        if targets_BS.shape != x_BSD.shape[:-1]:
+            raise Disagreement("IR008", f"{list(x_BSD.shape)} meets targets {list(targets_BS.shape)}")
+        self.linear(x_BSD, weight_VD, reduce=None)
+        return Shaped(shape=()), Shaped(shape=())
+
+    def _count(self, op: str, flops: int, *, causal: int | None = None, reduced: int = 0) -> None:
+        path = self._paths[-1]
+        causal = flops if causal is None else causal
+        self.costs.append(Cost(path=path, op=op, flops=flops, causal_flops=causal, all_reduce_elements=reduced))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramCost:
+    """What one forward takes on one rank. output: logits, or the pair of the loss.
+
+    reads: (path, name) of each parameter and child that a block read. states: (path, name) of each cache written.
+    """
+
+    output: Any
+    costs: tuple[Cost, ...]
+    reads: frozenset[tuple[str, str]]
+    states: tuple[tuple[str, str], ...]
+
+    @property
+    def flops(self) -> int:
+        return sum(cost.flops for cost in self.costs)
+
+    @property
+    def causal_flops(self) -> int:
+        return sum(cost.causal_flops for cost in self.costs)
+
+    @property
+    def all_reduce_elements(self) -> int:
+        return sum(cost.all_reduce_elements for cost in self.costs)
+
+
+def run_cost(
+    program: Program,
+    *,
+    batch: int,
+    sequence: int,
+    visible: int | None = None,
+    targets: bool = False,
+    splits: Mapping[str, Split | None] | None = None,
+) -> ProgramCost:
+    """Run a Program (or a pipeline stage) over shapes: `sequence` new tokens in each of `batch` rows.
+
+    visible: with a cache, the positions that attention reads. targets: end in the loss. splits: see `CostOps`.
+    FLOPs are those of the matrix products, 2 · m · n · k each; a backward takes twice as many again.
+    Raises ArchwrightError IR006, IR008 or IR009 where a block is not consistent.
+    """
+    ops = CostOps(splits)
+    tokens_BS = Shaped(shape=(batch, sequence))
+    step = Step(
+        positions_BS=tokens_BS,
+        write_index_B=None if visible is None else Shaped(shape=(batch,)),
+        kv_positions_L=None if visible is None else Shaped(shape=(visible,)),
+        targets_BS=tokens_BS if targets else None,
+    )
+    sites = program.sites()
+
+    def bind(segment: Segment) -> Callable[..., Any]:
+        return CostScope(segment.block, segment.path, ops, sites)
+
+    x = tokens_BS
+    if not isinstance(program.segments[0].block, Embedding):
+        x = Shaped(shape=(batch, sequence, _hidden_size(program)))
+    output = program.run(bind, x, step)
+    return ProgramCost(
+        output=output, costs=tuple(ops.costs), reads=frozenset(ops.reads), states=tuple(ops.states)
+    )
+
+
+def _hidden_size(program: Program) -> int:
+    return next(
+        size
+        for param in program.params().values()
+        for size, axis in zip(param.shape, param.axes, strict=True)
+        if axis == "embed"
+    )
