@@ -38,6 +38,12 @@ class Rope(Node):
     scaling: Llama3Scaling | None = None
 
 
+# One member each today; a second one makes these (and Attention, Ffn) discriminated unions on `kind`.
+Norm = RmsNorm
+Mask = CausalMask
+Position = Rope
+
+
 class GqaAttention(Node):
     """Grouped-query attention (Ainslie et al. 2023). `kv_heads` = `heads` is multi-head, 1 is multi-query."""
 
@@ -47,8 +53,8 @@ class GqaAttention(Node):
     """Key/value heads; must divide `heads`. Default: `heads`."""
     head_dim: PositiveInt | None = None
     """Width of one head; even. Default: hidden_size / heads."""
-    mask: "Mask" = CausalMask(kind="causal")
-    position: "Position" = Rope(kind="rope")
+    mask: Mask = CausalMask(kind="causal")
+    position: Position = Rope(kind="rope")
 
 
 class SwiGluFfn(Node):
@@ -73,10 +79,6 @@ class DepthScaledInit(Node):
     std: PositiveFloat = 0.02
 
 
-# One member each today; a second one makes these discriminated unions on `kind`.
-Norm = RmsNorm
-Mask = CausalMask
-Position = Rope
 Attention = GqaAttention
 Ffn = SwiGluFfn
 Init = Annotated[NormalInit | DepthScaledInit, Field(discriminator="kind")]

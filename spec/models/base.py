@@ -8,6 +8,8 @@ Precision = Literal["float64", "float32", "bfloat16", "float16"]
 
 
 class Node(BaseModel):
-    """One mapping of the YAML. Strict: `"8"` is not 8; an unknown key is an error."""
+    """One mapping of the YAML. Strict: `"8"` is not 8; an unknown key is an error; numbers are finite."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )

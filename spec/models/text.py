@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from archwright.spec.models.base import Node
 
@@ -76,5 +76,8 @@ class Data(Node):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.02
     """Share of the documents held out, chosen by the hash of their text."""
     deduplicate: Literal["exact", "none"] = "exact"
+    """Exact: of documents that are equal byte for byte, over all sources, the first is kept."""
+    min_bytes: NonNegativeInt = 0
+    """Text documents with fewer bytes of UTF-8 are left out."""
     shard_tokens: PositiveInt = 1 << 26
     """Tokens in one shard file."""
