@@ -5,10 +5,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archwright.compiler.module import compile_module
+    from archwright.compiler.targets.onnx_graph import export_graphs
 
-_LAZY = {"compile_module": "archwright.compiler.module"}
+_LAZY = {
+    "compile_module": "archwright.compiler.module",
+    "export_graphs": "archwright.compiler.targets.onnx_graph",
+}
 
-__all__ = ["compile_module"]
+__all__ = ["compile_module", "export_graphs"]
 
 
 def __getattr__(name: str) -> Any:

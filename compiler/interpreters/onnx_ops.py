@@ -1,0 +1,316 @@
+"""ONNX: the Program as a graph in the portable form, which ONNX Runtime and TensorRT read alike.
+
+Caches have a static capacity; TensorScatter writes the new rows, a Slice keeps the L visible ones, and Attention gets
+an explicit boolean mask. TensorRT refuses Attention's own past and present, and ignores `nonpad_kv_seqlen` silently.
+
+B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V vocabulary, L visible positions,
+P cache capacity.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from archwright.compiler.ir import Mask, Param, RopeTable, Step
+
+OPSET = 24
+DOMAIN = "archwright"
+"""Of DistCollective. TensorRT's parser knows the operator in any domain; ONNX's checker passes over unknown domains."""
+
+DTYPES: Mapping[str, ir.DataType] = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+NUMPY_DTYPES: Mapping[ir.DataType, np.dtype[Any]] = {
+    ir.DataType.FLOAT: np.dtype("<f4"),
+    ir.DataType.FLOAT16: np.dtype("<f2"),
+    ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
+Size = int | str
+"""A static size, or the name of a symbolic one: batch, sequence, positions."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A value of the graph under construction, with the arithmetic that blocks use."""
+
+    value: ir.Value
+    ops: "OnnxOps"
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        return sizes_of(self.value)
+
+    def __add__(self, other: "Tensor") -> "Tensor":
+        return self.ops.emit("Add", [self, other], name="add")
+
+    def __mul__(self, other: "Tensor") -> "Tensor":
+        return self.ops.emit("Mul", [self, other], name="mul")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weight:
+    """A parameter as blocks see it; the op that reads it decides how it is stored."""
+
+    name: str
+    param: Param
+
+
+@dataclass(frozen=True, kw_only=True)
+class External:
+    """An initializer whose bytes lie beside the graph.
+
+    source: the parameter that is stored, transposed or as it is; or the values themselves.
+    """
+
+    value: ir.Value
+    source: str | NDArray[Any]
+    transposed: bool = False
+
+
+@dataclass(kw_only=True)
+class OnnxOps:
+    """Ops that append to a graph.
+
+    precision: of weights, activations and caches. The rotation and the sums inside RMSNorm are float32 in every
+    precision: at position 8,000 a bfloat16 angle has lost its phase.
+    capacity: rows of the caches and of the rotary tables. degrees: mesh axis → ranks.
+    caches: (path, state) → graph input; `updated` receives the graph output that belongs to it.
+    """
+
+    precision: str
+    capacity: int
+    degrees: Mapping[str, int]
+    caches: Mapping[tuple[str, str], Tensor]
+    nodes: list[ir.Node] = field(default_factory=list[ir.Node])
+    constants: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
+    externals: dict[str, External] = field(default_factory=dict[str, External])
+    updated: dict[tuple[str, str], Tensor] = field(default_factory=dict[tuple[str, str], Tensor])
+    _shared: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    _names: Counter[str] = field(default_factory=Counter[str])
+    _paths: list[str] = field(default_factory=lambda: [""])
+
+    @property
+    def dtype(self) -> ir.DataType:
+        return DTYPES[self.precision]
+
+    @contextmanager
+    def scope(self, path: str) -> Iterator[None]:
+        """Nodes appended inside are named `path/op`."""
+        self._paths.append(path)
+        yield
+        self._paths.pop()
+
+    def emit(
+        self,
+        op: str,
+        inputs: Sequence[Tensor],
+        *,
+        name: str,
+        shape: tuple[Size, ...] | None = None,
+        dtype: ir.DataType | None = None,
+        domain: str = "",
+        **attributes: Any,
+    ) -> Tensor:
+        """Append a node; it and its output are named `scope/name`. Default shape and dtype: the first input's."""
+        first = inputs[0].value
+        unique = self._unique(name)
+        output = ir.Value(
+            name=unique,
+            shape=ir.Shape(inputs[0].shape if shape is None else shape),
+            type=ir.TensorType(first.dtype if dtype is None else dtype),  # pyright: ignore[reportArgumentType]
+        )
+        values = [x.value for x in inputs]
+        self.nodes.append(ir.node(op, values, attributes, domain=domain, outputs=[output], name=unique))
+        return Tensor(output, self)
+
+    def _unique(self, name: str) -> str:
+        path = self._paths[-1]
+        full = f"{path}/{name}" if path else name
+        self._names[full] += 1
+        return full if self._names[full] == 1 else f"{full}_{self._names[full]}"
+
+    def _integers(self, *numbers: int) -> Tensor:
+        """A constant int64 vector; equal ones are one initializer."""
+        name = "int64/" + "_".join(map(str, numbers))
+        if name not in self.constants:
+            tensor = ir.tensor(np.array(numbers, np.int64), name=name)
+            self.constants[name] = ir.Value(
+                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+            )
+        return Tensor(self.constants[name], self)
+
+    def param(self, name: str, param: Param) -> Weight:
+        return Weight(name=name, param=param)
+
+    def _stored(self, weight: Weight, *, transposed: bool = False) -> Tensor:
+        """The initializer of a parameter; a transposed one is called `{name}.T`, since it is not the canonical one."""
+        shape = weight.param.shape[::-1] if transposed else weight.param.shape
+        name = f"{weight.name}.T" if transposed else weight.name
+        return self._external(name, shape, self.dtype, weight.name, transposed)
+
+    def _external(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: ir.DataType,
+        source: str | NDArray[Any],
+        transposed: bool = False,
+    ) -> Tensor:
+        if name not in self.externals:
+            value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+            self.externals[name] = External(value=value, source=source, transposed=transposed)
+        return Tensor(self.externals[name].value, self)
+
+    def linear(self, x: Tensor, weight: Weight, *, reduce: str | None) -> Tensor:
+        rows, columns = weight.param.shape
+        if weight.param.share is None:
+            # [in, out] is what MatMul multiplies with and what weight-only quantisation needs; transposing costs the
+            # writer once, not every session.
+            matrix = self._stored(weight, transposed=True)
+        else:
+            plain = self._stored(weight)
+            matrix = self.emit("Transpose", [plain], name="linear/transpose", shape=(columns, rows), perm=[1, 0])
+        y = self.emit("MatMul", [x, matrix], name="linear", shape=(*x.shape[:-1], rows))
+        return y if reduce is None else self._all_reduce(y, self.degrees[reduce])
+
+    def _all_reduce(self, x: Tensor, degree: int) -> Tensor:
+        return self.emit(
+            "DistCollective",
+            [x],
+            name="all_reduce",
+            domain=DOMAIN,
+            collective_operation="all_reduce",
+            reduce_op="sum",
+            root=-1,  # the parser's default, 0, is refused for collectives without a root
+            nb_rank=degree,
+        )
+
+    def embed(self, ids_BS: Tensor, weight_VD: Weight) -> Tensor:
+        shape = (*ids_BS.shape, weight_VD.param.shape[1])
+        return self.emit(
+            "Gather", [self._stored(weight_VD), ids_BS], name="embed", shape=shape, dtype=self.dtype, axis=0
+        )
+
+    def rms_norm(self, x_BSD: Tensor, weight_D: Weight, eps: float) -> Tensor:
+        inputs = [x_BSD, self._stored(weight_D)]
+        return self.emit("RMSNormalization", inputs, name="rms_norm", axis=-1, epsilon=eps, stash_type=1)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return self.emit("Mul", [x, self.emit("Sigmoid", [x], name="silu/sigmoid")], name="silu")
+
+    def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
+        batch, sequence, width = x.shape
+        assert isinstance(width, int)
+        heads = width // head_dim
+        inputs = [x, self._integers(0, 0, -1, head_dim)]
+        x_BSNH = self.emit("Reshape", inputs, name="split_heads/reshape", shape=(batch, sequence, heads, head_dim))
+        return self.emit(
+            "Transpose", [x_BSNH], name="split_heads", shape=(batch, heads, sequence, head_dim), perm=[0, 2, 1, 3]
+        )
+
+    def merge_heads(self, x: Tensor) -> Tensor:
+        batch, heads, sequence, head_dim = x.shape
+        assert isinstance(heads, int) and isinstance(head_dim, int)
+        x_BSNH = self.emit(
+            "Transpose",
+            [x],
+            name="merge_heads/transpose",
+            shape=(batch, sequence, heads, head_dim),
+            perm=[0, 2, 1, 3],
+        )
+        inputs = [x_BSNH, self._integers(0, 0, -1)]
+        return self.emit("Reshape", inputs, name="merge_heads", shape=(batch, sequence, heads * head_dim))
+
+    def rope(self, x_BNSH: Tensor, table: RopeTable, step: Step[Tensor]) -> Tensor:
+        cos, sin = self._rotation(table)
+        if self.dtype == ir.DataType.FLOAT:
+            return self.emit("RotaryEmbedding", [x_BNSH, cos, sin, step.positions_BS], name="rope")
+        # The operator wants its tables in the type of x; they must stay float32, so x is widened.
+        wide = self.cast(x_BNSH, ir.DataType.FLOAT, name="rope/widen")
+        turned = self.emit("RotaryEmbedding", [wide, cos, sin, step.positions_BS], name="rope/rotate")
+        return self.cast(turned, self.dtype, name="rope")
+
+    def cast(self, x: Tensor, dtype: ir.DataType, *, name: str) -> Tensor:
+        return self.emit("Cast", [x], name=name, dtype=dtype, to=dtype)
+
+    def _rotation(self, table: RopeTable) -> tuple[Tensor, Tensor]:
+        """cos and sin [P, H/2]; the angle is formed in float64."""
+        names = [f"{table.key}/{kind}" for kind in ("cos", "sin")]
+        if names[0] not in self.externals:
+            angle_PH = np.arange(self.capacity)[:, None] * np.array(table.frequencies())
+            for name, function in zip(names, (np.cos, np.sin), strict=True):
+                values = function(angle_PH).astype(np.float32)
+                self._external(name, values.shape, ir.DataType.FLOAT, values)
+        cos, sin = (Tensor(self.externals[name].value, self) for name in names)
+        return cos, sin
+
+    def kv_update(self, m: Any, name: str, x_BKSH: Tensor, step: Step[Tensor]) -> Tensor:
+        assert step.write_index_B is not None and step.kv_positions_L is not None, "exported graphs have a cache"
+        past_BKPH = self.caches[m.path, name]
+        present_BKPH = self.emit(
+            "TensorScatter", [past_BKPH, x_BKSH, step.write_index_B], name=f"{name}_update", axis=2, mode="linear"
+        )
+        self.updated[m.path, name] = present_BKPH
+        batch, heads, _, head_dim = past_BKPH.shape
+        ends = self._num_visible(step.kv_positions_L)
+        inputs = [present_BKPH, self._integers(0), ends, self._integers(2)]
+        return self.emit("Slice", inputs, name=f"{name}_visible", shape=(batch, heads, num_visible_of(step), head_dim))
+
+    def _num_visible(self, kv_positions_L: Tensor) -> Tensor:
+        if "num_visible" not in self._shared:
+            with self.scope(""):
+                self._shared["num_visible"] = self.emit("Shape", [kv_positions_L], name="num_visible", shape=(1,))
+        return self._shared["num_visible"]
+
+    def attention(
+        self, q_BNSH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, *, mask: Mask, scale: float, step: Step[Tensor]
+    ) -> Tensor:
+        visible_B1SL = self._visible(mask, step)
+        # Without `scale` TensorRT splits its root over Q and K with a chain of small layers.
+        return self.emit("Attention", [q_BNSH, k_BKLH, v_BKLH, visible_B1SL], name="attention", scale=scale)
+
+    def _visible(self, mask: Mask, step: Step[Tensor]) -> Tensor:
+        """The boolean mask [B, 1, S, L] of a mask value, made once for all layers that have it."""
+        key = f"mask/{type(mask).__name__.lower()}"
+        if key not in self._shared:
+            assert step.kv_positions_L is not None
+            batch, sequence = step.positions_BS.shape
+            with self.scope(""):
+                query_B1S1 = self.emit(
+                    "Unsqueeze",
+                    [step.positions_BS, self._integers(1, 3)],
+                    name=f"{key}/query",
+                    shape=(batch, 1, sequence, 1),
+                )
+                self._shared[key] = self.emit(
+                    "LessOrEqual",
+                    [step.kv_positions_L, query_B1S1],
+                    name=key,
+                    shape=(batch, 1, sequence, num_visible_of(step)),
+                    dtype=ir.DataType.BOOL,
+                )
+        return self._shared[key]
+
+    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Weight, targets_BS: Tensor) -> Any:
+        raise AssertionError("graphs are made for inference: their steps have no targets")
+
+
+def num_visible_of(step: Step[Tensor]) -> Size:
+    """L."""
+    assert step.kv_positions_L is not None
+    return step.kv_positions_L.shape[0]
+
+
+def sizes_of(value: ir.Value) -> tuple[Size, ...]:
+    """The sizes of a value's dims; every value of our graphs has them."""
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)

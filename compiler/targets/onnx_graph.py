@@ -1,0 +1,208 @@
+"""Plan → one ONNX graph a rank, with its weights as external data beside it.
+
+    folder/rank0/stage0.onnx   the graph: no torch and no weights are needed to write it
+    folder/rank0/stage0.data   the rank's slices, streamed from the model's weights one tensor at a time
+
+All ranks of a tensor group have the same graph, but for the rank in its metadata; their data differ.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from archwright.compiler.interpreters.onnx_ops import (
+    DOMAIN,
+    DTYPES,
+    NUMPY_DTYPES,
+    OPSET,
+    External,
+    OnnxOps,
+    Size,
+    Tensor,
+)
+from archwright.compiler.ir import Plan, Program, State, Step
+from archwright.compiler.ir.program import instance_of
+from archwright.compiler.weights.streaming import Weights, write_array
+from archwright.spec import ArchwrightError
+
+IR_VERSION = 12
+ALIGNMENT = 4096
+"""Of every tensor in the data file: a page, so that each can be mapped by itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """An external initializer and where its bytes lie in the data file."""
+
+    external: External
+    offset: int
+
+    @property
+    def name(self) -> str:
+        return str(self.external.value.name)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        assert self.external.value.dtype is not None
+        return NUMPY_DTYPES[self.external.value.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        assert self.external.value.shape is not None
+        return tuple(int(size) for size in self.external.value.shape)  # pyright: ignore[reportArgumentType]
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankGraph:
+    """The graph of any rank of a tensor group, and the layout of its data file."""
+
+    model: onnx.ModelProto
+    layout: tuple[Placed, ...]
+
+
+def graph_path(folder: Path, rank: int, stage: int = 0) -> Path:
+    """Where the graph of a rank lies in an artifact; its data and its engine differ in the suffix."""
+    return folder / f"rank{rank}" / f"stage{stage}.onnx"
+
+
+def export_graphs(
+    plan: Plan,
+    weights: Weights,
+    folder: Path,
+    *,
+    precision: str,
+    capacity: int,
+    spec_digest: str = "",
+    write_weights: bool = True,
+) -> list[Path]:
+    """Write `rank{r}/stage0.onnx` and `rank{r}/stage0.data` of every rank into `folder`, and return the graphs' paths.
+
+    precision: float32, float16 or bfloat16, of weights, activations and caches; logits are float32 in each.
+    capacity: rows of the KV caches, at most the model's positions. write_weights: without them the graphs are complete
+    and their data files absent, which is enough to look at shapes and layers.
+    The bytes depend on the arguments alone. Raises ArchwrightError BUILD010 where the capacity is out of range.
+    """
+    if not 1 <= capacity <= plan.program.max_positions:
+        raise ArchwrightError(
+            "BUILD010",
+            f"a cache of {capacity} positions does not fit a model of {plan.program.max_positions}",
+            help=f"set build.max_positions to 1..{plan.program.max_positions}",
+        )
+    degrees = {"tensor": plan.degrees.tensor}
+    graph = emit_graph(plan.local, precision=precision, capacity=capacity, degrees=degrees)
+    paths: list[Path] = []
+    for rank in range(plan.degrees.world):
+        path = graph_path(folder, rank)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        facts = {"spec_digest": spec_digest, "precision": precision, "capacity": capacity, "rank": rank, "stage": 0}
+        facts |= {f"degrees.{axis}": degree for axis, degree in degrees.items()}
+        onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
+        path.write_bytes(graph.model.SerializeToString(deterministic=True))
+        if write_weights:
+            with path.with_suffix(".data").open("wb") as file:
+                write_data(file, graph.layout, plan.program, weights, rank)
+        paths.append(path)
+    return paths
+
+
+def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapping[str, int]) -> RankGraph:
+    """The graph of a rank's Program (of local sizes); its initializers point into `stage0.data`."""
+    dtype = DTYPES[precision]
+    ids_BS = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
+    index = {
+        name: _input(name, ir.DataType.INT64, shape)
+        for name, shape in (
+            ("position_ids", ("batch", "sequence")),
+            ("write_index", ("batch",)),
+            ("kv_positions", ("positions",)),
+        )
+    }
+    names = cache_names(program)
+    states = {(path, state): s for path, block in program.states().items() for state, s in block.items()}
+    past = {key: _input(f"past.{name}", dtype, _cache_shape(states[key], capacity)) for key, name in names.items()}
+    ops = OnnxOps(precision=precision, capacity=capacity, degrees=degrees, caches={})
+    ops.caches = {key: Tensor(value, ops) for key, value in past.items()}
+    step = Step(
+        positions_BS=Tensor(index["position_ids"], ops),
+        write_index_B=Tensor(index["write_index"], ops),
+        kv_positions_L=Tensor(index["kv_positions"], ops),
+    )
+    logits = program.run(instance_of(program, ops), Tensor(ids_BS, ops), step)
+    logits = ops.cast(logits, ir.DataType.FLOAT, name="logits")
+    for key, name in names.items():
+        ops.updated[key].value.name = f"present.{name}"
+    outputs = [logits.value, *(ops.updated[key].value for key in names)]
+    layout = _place(ops.externals.values())
+    graph = ir.Graph(
+        [ids_BS, *index.values(), *past.values()],
+        outputs,
+        nodes=ops.nodes,
+        initializers=[*ops.constants.values(), *(p.external.value for p in layout)],
+        opset_imports={"": OPSET} | ({DOMAIN: 1} if any(degree > 1 for degree in degrees.values()) else {}),
+        name="stage0",
+    )
+    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")
+    return RankGraph(model=ir.to_proto(model), layout=layout)
+
+
+def cache_names(program: Program) -> dict[tuple[str, str], str]:
+    """(path, state) → `{layer}.{state}`: the caches in the order in which graphs take and give them."""
+    return {
+        (path, state): f"{layer}.{state}"
+        for layer, (path, states) in enumerate(program.states().items())
+        for state in states
+    }
+
+
+def _input(name: str, dtype: ir.DataType, shape: tuple[Size, ...]) -> ir.Value:
+    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+
+
+def _cache_shape(state: State, capacity: int) -> tuple[Size, ...]:
+    known: dict[str, Size] = {"batch": "batch", "positions": capacity}
+    return tuple(known.get(axis, size) for axis, size in zip(state.axes, state.sizes, strict=True))
+
+
+def _place(externals: Iterable[External]) -> tuple[Placed, ...]:
+    """Give each initializer its offset, and the graph a reference to it."""
+    layout: list[Placed] = []
+    end = 0
+    for external in externals:
+        placed = Placed(external=external, offset=-(-end // ALIGNMENT) * ALIGNMENT)
+        end = placed.offset + placed.num_bytes
+        value = external.value
+        assert value.dtype is not None and value.shape is not None
+        value.const_value = ir.ExternalTensor(
+            "stage0.data", placed.offset, placed.num_bytes, value.dtype, shape=value.shape, name=placed.name
+        )
+        layout.append(placed)
+    return tuple(layout)
+
+
+def write_data(file: BinaryIO, layout: Iterable[Placed], program: Program, weights: Weights, rank: int) -> None:
+    """Stream a rank's part of the weights; one tensor at a time is in memory, rounded in slabs.
+
+    program: the global one, whose parameters say how they are split.
+    """
+    params = program.params()
+    for placed in layout:
+        file.write(bytes(placed.offset - file.tell()))
+        source = placed.external.source
+        if isinstance(source, str):
+            split = params[source].split
+            slices = None if split is None else split.slices(params[source].shape, rank)
+            array: NDArray[Any] = weights.read(source, slices)
+        else:
+            array = source
+        write_array(file, array.T if placed.external.transposed else array, placed.dtype, placed.shape, placed.name)
