@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_flavor, tensorrt_title
-from archwright.spec.cli import parser
+from archwright.spec.cli import add_output_format, parser
 from archwright.spec.errors import ArchwrightError
 
 Status = Literal["ok", "warning", "missing", "broken"]
@@ -199,9 +199,16 @@ def check_tensorrt() -> list[Finding]:
     except ArchwrightError as error:
         return [Finding(name="tensorrt", status="missing", found=f"{error.message}", fix=error.help or "")]
     title = tensorrt_title(module)
-    if tensorrt_flavor(module) == "tensorrt_rtx" and (9, 0) in _gpu_capabilities():
-        fix = 'pip install "archwright[gpu]": the full TensorRT'
-        return [Finding(name="tensorrt", status="warning", found=f"{title} does not serve this GPU (SM 9.0)", fix=fix)]
+    gpus = _gpu_capabilities()
+    if tensorrt_flavor(module) == "tensorrt_rtx":
+        if (9, 0) in gpus:
+            fix = 'pip install "archwright[gpu]": the full TensorRT'
+            return [Finding(name="tensorrt", status="warning", found=f"{title} does not serve SM 9.0", fix=fix)]
+        found = title if gpus else f"{title}; builds engines, and no GPU is here to run them"
+        return [Finding(name="tensorrt", status="ok", found=found)]
+    if not gpus:
+        fix = 'run where the GPU is, or pip install "archwright[tensorrt-rtx]", which builds without one'
+        return [Finding(name="tensorrt", status="warning", found=f"{title} needs a GPU, and none is here", fix=fix)]
     return [Finding(name="tensorrt", status="ok", found=title)]
 
 
@@ -262,7 +269,9 @@ def report_json(findings: Sequence[Finding]) -> str:
 
 def doctor(argv: list[str]) -> int:
     """The verb. Exit status 1 when something that the base needs is absent or does not load."""
-    arguments = parser("doctor", "Say what this machine has, what it lacks and how to mend it.").parse_args(argv)
+    doctor_parser = parser("doctor", "Say what this machine has, what it lacks and how to mend it.")
+    add_output_format(doctor_parser, ("text", "json"))
+    arguments = doctor_parser.parse_args(argv)
     findings = [finding for check in CHECKS for finding in check()]
     print(report_json(findings) if arguments.output_format == "json" else report_text(findings))
     return 1 if any(finding.status == "broken" for finding in findings) else 0

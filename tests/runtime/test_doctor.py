@@ -175,6 +175,16 @@ def test_rtx_does_not_serve_hopper(library_folder: Path, monkeypatch: pytest.Mon
     assert finding.status == "warning" and "SM 9.0" in finding.found and "archwright[gpu]" in finding.fix
 
 
+def test_the_full_library_needs_a_gpu(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_library(library_folder, "tensorrt", "__version__ = '11.0'")
+    monkeypatch.setattr(doctor_module, "_gpu_capabilities", lambda: set())
+    (finding,) = doctor_module.check_tensorrt()
+    assert finding.status == "warning" and "needs a GPU" in finding.found
+    monkeypatch.setattr(doctor_module, "_gpu_capabilities", lambda: {(9, 0)})
+    (finding,) = doctor_module.check_tensorrt()
+    assert finding.status == "ok"
+
+
 def test_a_module_that_the_loader_did_not_give_is_a_programming_error() -> None:
     with pytest.raises(AssertionError):
         tensorrt_flavor(ModuleType("onnxruntime"))
