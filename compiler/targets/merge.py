@@ -20,12 +20,13 @@ CACHES = ("past.", "present.")
 def merge_ranks(folder: Path, *, stage: int = 0) -> onnx.ModelProto:
     """Join `rank*/stage{stage}.onnx` of an artifact folder into one graph of the same meaning.
 
-    The values of rank r are called `rank{r}/NAME`; inputs but the caches are shared by all ranks. Each all_reduce becomes
-    a Sum. Outputs: `logits` of rank 0, `rank{r}/logits` of the others, and the caches `rank{r}/present.0.key`.
-    External data keep their files, now relative to `folder`. One rank is joined in the same way.
+    The values of rank r are called `rank{r}/NAME`; inputs but the caches are shared by all ranks. Each all_reduce
+    becomes a Sum. Outputs: `logits` of rank 0, `rank{r}/logits` of the others, and the caches
+    `rank{r}/present.0.key`. External data keep their files, now relative to `folder`: ONNX Runtime opens the graph
+    from bytes with that folder as `session.model_external_initializers_file_folder_path`. One rank is joined likewise.
 
-    Raises ArchwrightError BUILD020 where graphs are missing, BUILD021 where the ranks do not have the same collectives in
-    the same order (running them would hang), BUILD022 where a collective is not a sum over all ranks.
+    Raises ArchwrightError BUILD020 where graphs are missing, BUILD021 where the ranks do not have the same collectives
+    in the same order (running them would hang), BUILD022 where a collective is not a sum over all ranks.
     """
     models = load_ranks(folder, stage)
     merged = onnx.ModelProto(ir_version=models[0].ir_version, producer_name=models[0].producer_name)

@@ -9,9 +9,9 @@ HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 def as_float32(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of a float16 or bfloat16 graph that computes in float32 with the same, already rounded, weights.
 
-    Inputs, outputs, intermediate values and the targets of Casts become float32. Initializers keep their bytes, in their
-    file: a Cast behind each widens it, and ONNX Runtime folds it when it opens the session. What the copy proves is
-    the graph and the weights, not the rounding of activations. A float32 graph comes back as it is.
+    Inputs, outputs, intermediate values and the targets of Casts become float32. Initializers keep their bytes, in
+    their file: a Cast behind each widens it, and ONNX Runtime folds it when it opens the session. What the copy proves
+    is the graph and the weights, not the rounding of activations. A float32 graph comes back as it is.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
