@@ -5,14 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from archwright.compiler.module import compile_module
+    from archwright.compiler.planner import plan
     from archwright.compiler.targets.onnx_graph import export_graphs
 
 _LAZY = {
     "compile_module": "archwright.compiler.module",
     "export_graphs": "archwright.compiler.targets.onnx_graph",
+    "plan": "archwright.compiler.planner",
 }
 
-__all__ = ["compile_module", "export_graphs"]
+__all__ = ["compile_module", "export_graphs", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -59,8 +59,8 @@ class Shaped:
         if self.entered is not None:
             raise Disagreement(
                 "IR009",
-                f"a value that entered `{self.entered}` is used where all ranks compute the same, so its gradient would "
-                "be counted once a rank",
+                f"a value that entered `{self.entered}` is used where all ranks compute the same: "
+                "its gradient would be counted once a rank",
             )
         return self
 
@@ -146,7 +146,9 @@ class CostOps:
             x.plain()
             return None
         if x.entered != split.mesh_axis:
-            raise Disagreement("IR009", f"the rows are cut over `{split.mesh_axis}`, but the parent has no such `enter`")
+            raise Disagreement(
+                "IR009", f"the rows are cut over `{split.mesh_axis}`, but the parent has no such `enter`"
+            )
         return split.mesh_axis
 
     def embed(self, ids_BS: Shaped, weight_VD: Shaped) -> Shaped:
@@ -188,7 +190,9 @@ class CostOps:
         self.states.append((m.path, name))
         batch, kv_heads, _, head_dim = x_BKSH.shape
         if state.sizes != (0, kv_heads, 0, head_dim):
-            raise Disagreement("IR008", f"state `{name}` is declared {list(state.sizes)} and given {list(x_BKSH.shape)}")
+            raise Disagreement(
+                "IR008", f"state `{name}` is declared {list(state.sizes)} and given {list(x_BKSH.shape)}"
+            )
         return replace(x_BKSH, shape=(batch, kv_heads, step.kv_positions_L.shape[0], head_dim))
 
     def attention(
@@ -227,7 +231,7 @@ class ProgramCost:
     reads: (path, name) of each parameter and child that a block read. states: (path, name) of each cache written.
     """
 
-    output: Any
+    output: Shaped | tuple[Shaped, ...]
     costs: tuple[Cost, ...]
     reads: frozenset[tuple[str, str]]
     states: tuple[tuple[str, str], ...]
@@ -277,9 +281,7 @@ def run_cost(
     if not isinstance(program.segments[0].block, Embedding):
         x = Shaped(shape=(batch, sequence, _hidden_size(program)))
     output = program.run(bind, x, step)
-    return ProgramCost(
-        output=output, costs=tuple(ops.costs), reads=frozenset(ops.reads), states=tuple(ops.states)
-    )
+    return ProgramCost(output=output, costs=tuple(ops.costs), reads=frozenset(ops.reads), states=tuple(ops.states))
 
 
 def _hidden_size(program: Program) -> int:
