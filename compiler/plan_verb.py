@@ -41,8 +41,8 @@ def as_text(report: PlanReport) -> str:
         f"{report.name}: {report.kind}, {mesh}{replicas}",
         "",
         f"  parameters      {report.num_params:,}; {report.num_params_per_rank:,} on each rank",
-        f"  FLOPs per token {flops.training:.4g} to train at {flops.sequence} tokens ({flops.training_causal:.4g} causal), "
-        f"{flops.forward:.4g} forward ({flops.forward_causal:.4g} causal)",
+        f"  FLOPs per token {flops.training:.4g} to train at {flops.sequence} tokens ({flops.training_causal:.4g} "
+        f"causal), {flops.forward:.4g} forward ({flops.forward_causal:.4g} causal)",
         f"  KV cache        {report.kv_bytes_per_token:,} bytes per token ({report.kv_precision})",
         "",
         f"  memory of each of {len(report.memory)} rank{'s' if len(report.memory) > 1 else ''}",

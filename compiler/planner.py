@@ -25,9 +25,11 @@ from archwright.spec.models import Train
 class TokenFlops:
     """Of the whole model, for each token of a sequence of `sequence` tokens.
 
-    training = 6 · (parameters that multiply, head included, embedding table excluded) + 12 · layers · heads · head_dim ·
-    sequence: 2 a multiply-add, the backward twice the forward; every query meets every key. `_causal`: 6 in place of
-    12. Recomputed activations do not count. forward: a third of each.
+    training = 6 · (parameters that multiply, head included, embedding table excluded)
+             + 12 · layers · heads · head_dim · sequence
+
+    2 a multiply-add, the backward twice the forward; every query meets every key. `_causal`: 6 in place of 12.
+    Recomputed activations do not count. forward: a third of each.
     """
 
     sequence: int
