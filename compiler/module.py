@@ -53,4 +53,5 @@ def as_torch(array: np.ndarray) -> torch.Tensor:
     """A torch view of an array; bfloat16 arrays (ml_dtypes) are reinterpreted, since NumPy has no such type."""
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(np.ascontiguousarray(array))
+    # A memory map is read-only, and torch has no such tensors: that one is copied.
+    return torch.from_numpy(np.require(array, requirements=["C", "W"]))

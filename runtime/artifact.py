@@ -1,0 +1,113 @@
+"""An artifact folder, as `build` writes it and `verify` and `open_model` read it.
+
+    manifest.json  spec.yaml  tokenizer.*  rank0/stage0.onnx  rank0/stage0.data  rank1/stage0.onnx  ...
+
+Its spec.yaml says what was built: precision, degrees and capacity stand in its `build` section.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from archwright.compiler.ir import Plan
+from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.targets.onnx_graph import graph_path
+from archwright.compiler.weights.folder import TOKENIZER_FILES
+from archwright.spec import ArchwrightError, Spec, load
+from archwright.spec.files import sha256_file
+from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
+
+SEAL = "seal"
+_HELP = "build it again, or copy it again from where it was built"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """An artifact folder and the spec that it was built from."""
+
+    path: Path
+    spec: Spec
+
+    @property
+    def precision(self) -> str:
+        return self.spec.build.precision
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the KV caches."""
+        return self.spec.build.max_positions or self.spec.model.max_positions
+
+    @property
+    def max_batch(self) -> int:
+        return self.spec.build.max_batch
+
+    @cached_property
+    def plan(self) -> Plan:
+        return run_passes(self.spec, degrees_of(self.spec.build.parallel))
+
+    @property
+    def graphs(self) -> list[Path]:
+        """The graph of each rank."""
+        return [graph_path(self.path, rank) for rank in range(self.plan.degrees.world)]
+
+    @property
+    def tokenizer(self) -> Path | None:
+        """The folder that holds the tokenizer's files, None if there are none."""
+        return self.path if any((self.path / name).is_file() for name in TOKENIZER_FILES[:2]) else None
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether a folder says that it is an artifact, or looks like one whose manifest is broken."""
+    try:
+        return json.loads((path / MANIFEST).read_bytes())["kind"] == "artifact"
+    except (OSError, ValueError, KeyError, TypeError):
+        return (path / "rank0").is_dir()
+
+
+def open_artifact(path: Path) -> Artifact:
+    """Open an artifact to run it.
+
+    Files and their sizes are checked, and the hashes of all but the weights, which `archwright verify` reads in full.
+    Raises ArchwrightError RUN014 where something is missing or differs, or SPEC091 without a manifest.
+    """
+    manifest = read_artifact_manifest(path)
+    for name, entry in manifest.files.items():
+        file = path / name
+        if not file.is_file():
+            raise ArchwrightError("RUN014", f"{name} is missing", where=str(path), help=_HELP)
+        if file.stat().st_size != entry.bytes or (file.suffix != ".data" and sha256_file(file) != entry.sha256):
+            raise ArchwrightError("RUN014", f"{name} is not the file that was built", where=str(path), help=_HELP)
+    escaped = next(escapes(path), None)
+    if escaped is not None:
+        raise ArchwrightError("RUN014", escaped, where=str(path), help=_HELP)
+    return Artifact(path, load(path / "spec.yaml"))
+
+
+def read_artifact_manifest(path: Path) -> Manifest:
+    """Raises ArchwrightError SPEC091 where there is no manifest, RUN015 where it is that of something else."""
+    manifest = read_manifest(path)
+    if manifest.kind != "artifact":
+        help = "give a folder written by `archwright build`"
+        raise ArchwrightError("RUN015", f"not an artifact but a {manifest.kind}", where=str(path), help=help)
+    return manifest
+
+
+def escapes(path: Path) -> Iterator[str]:
+    """A sentence for each file that reaches out of the folder: what a graph reads must lie inside, as itself."""
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink():
+            yield f"{name} is a symbolic link"
+        elif file.is_file() and file.stat().st_nlink > 1:
+            yield f"{name} is a hard link: the file has another name, which may lie outside"
+
+
+def seal(details: Mapping[str, Any], measured: Mapping[str, Any] | None, spec_digest: str | None) -> str:
+    """SHA-256 of what the manifest says beside the files' hashes. It finds accidents, not forgers."""
+    facts = {key: value for key, value in details.items() if key != SEAL}
+    text = json.dumps([facts, measured, spec_digest], sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

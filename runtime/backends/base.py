@@ -1,0 +1,73 @@
+"""What runs a model step by step: one class that every back end fills in.
+
+B batch, S sequence, L visible cache positions, V vocabulary.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.int64]
+Logits = NDArray[np.float32]
+CacheT = TypeVar("CacheT")
+
+PREFILL_CHUNK = 512
+"""Tokens of a row that one prefill call computes: it bounds the logits, which no graph can leave out."""
+
+
+class Backend(ABC, Generic[CacheT]):
+    """A model with its weights on a device.
+
+    vocab_size: columns of the logits. capacity: tokens that a cache row holds at most. max_batch: rows that one cache
+    has at most, None where nothing limits them. description: what computes, in which precision, on which device.
+    """
+
+    vocab_size: int
+    capacity: int
+    max_batch: int | None
+    description: str
+
+    @abstractmethod
+    def new_cache(self, batch: int, positions: int) -> CacheT:
+        """Room for `batch` rows of at least `positions` tokens (≤ capacity), which `forward` updates in place."""
+
+    @abstractmethod
+    def forward(self, cache: CacheT, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int) -> Logits:
+        """Logits [B, S, V] of S more tokens a row.
+
+        Their keys and values go to the cache rows write_index .. write_index + S - 1; a token at position p attends to
+        the rows ≤ p among the first `visible` ones. The caller keeps write_index + S and `visible` within the cache:
+        a write outside it would be lost without a word.
+        """
+
+    def prefill(self, cache: CacheT, ids_BS: Ids, lengths_B: Ids) -> Logits:
+        """Fill the cache with right-padded prompts; the logits [B, V] after the last token of each.
+
+        The padding is computed too. It does no harm: no real token attends to a later row, and the first token that is
+        decoded overwrites the row that follows its prompt.
+        """
+        batch, longest = ids_BS.shape
+        last_BV = np.empty((batch, self.vocab_size), np.float32)
+        for start in range(0, longest, PREFILL_CHUNK):
+            part_BS = ids_BS[:, start : start + PREFILL_CHUNK]
+            stop = start + part_BS.shape[1]
+            positions_BS = np.broadcast_to(np.arange(start, stop), part_BS.shape)
+            logits_BSV = self.forward(cache, part_BS, positions_BS, np.full(batch, start), stop)
+            rows = np.flatnonzero((start < lengths_B) & (lengths_B <= stop))
+            last_BV[rows] = logits_BSV[rows, lengths_B[rows] - 1 - start]
+        return last_BV
+
+    def decode(self, cache: CacheT, ids_B: Ids, lengths_B: Ids) -> Logits:
+        """One more token a row, standing at position `lengths_B`; the logits [B, V] after it."""
+        return self.forward(cache, ids_B[:, None], lengths_B[:, None], lengths_B, int(lengths_B.max()) + 1)[:, 0]
+
+    def whole(self, ids_BS: Ids) -> Logits:
+        """Logits [B, S, V] of whole sequences, through a fresh cache."""
+        batch, length = ids_BS.shape
+        positions_BS = np.broadcast_to(np.arange(length), ids_BS.shape)
+        return self.forward(self.new_cache(batch, length), ids_BS, positions_BS, np.zeros(batch, np.int64), length)
+
+
+AnyBackend = Backend[Any]
