@@ -1,0 +1,160 @@
+"""Worlds of processes: joining one that torchrun made, and making one on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from archwright.spec import ArchwrightError
+
+_LOCAL = "ARCHWRIGHT_LOCAL_WORKER"
+_GRACE_S = 10.0
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """This process among those that train together. local_rank, local_size: among those of this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files and lines."""
+        return self.rank == 0
+
+
+def world_of(environment: Mapping[str, str]) -> World | None:
+    """The world that torchrun (or `run_workers`) put this process into; None outside of one."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    rank, size = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=int(environment.get("LOCAL_RANK", rank)),
+        local_size=int(environment.get("LOCAL_WORLD_SIZE", size)),
+    )
+
+
+def check_world(world: World, required: int) -> None:
+    """Raises ArchwrightError TRAIN007 where the number of processes is not the product of the degrees."""
+    if world.size != required:
+        raise ArchwrightError(
+            "TRAIN007",
+            f"{world.size} processes were started, `parallel` needs {required}",
+            where="parallel.tensor",
+            help=f"start torchrun with --nproc-per-node {required}, or run `archwright train` without torchrun",
+        )
+
+
+def run_workers(number: int, command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run `archwright COMMAND` in `number` processes of one world here; the exit status of the first that fails.
+
+    All end when one fails, when this process is interrupted, and when it dies, however it dies: the workers hold one
+    end of a pipe to it (their standard input).
+    """
+    program = [sys.executable, "-c", "import sys; from archwright.spec.cli import main; sys.exit(main())", *command]
+    workers: list[subprocess.Popen[bytes]] = []
+    try:
+        for variables in _environments(number, environment):
+            # A session of its own: Ctrl-C reaches this process only, which then ends the workers.
+            workers.append(subprocess.Popen(program, env=variables, stdin=subprocess.PIPE, start_new_session=True))
+        return _wait(workers)
+    finally:
+        _end(workers)
+
+
+def _environments(number: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    shared = {
+        "OMP_NUM_THREADS": str(max(1, cores // number)),  # the default, all cores to each, is several times slower
+        **environment,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        _LOCAL: "1",
+    }
+    if sys.platform == "linux":
+        shared.setdefault("GLOO_SOCKET_IFNAME", "lo")  # gloo asks for the host's name otherwise, which may not resolve
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+    running = list(workers)
+    while running:
+        time.sleep(_POLL_S)
+        for worker in [worker for worker in running if worker.poll() is not None]:
+            running.remove(worker)
+            if worker.returncode > 0:
+                return worker.returncode
+            if worker.returncode < 0:
+                rank, signal = workers.index(worker), -worker.returncode
+                print(f"archwright train: the process of rank {rank} was ended by signal {signal}", file=sys.stderr)
+                return 3
+    return 0
+
+
+def _end(workers: list[subprocess.Popen[bytes]]) -> None:
+    for worker in workers:
+        worker.terminate()
+    deadline = time.monotonic() + _GRACE_S
+    for worker in workers:
+        try:
+            worker.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+        if worker.stdin is not None:
+            worker.stdin.close()
+
+
+def watch_parent(environment: Mapping[str, str]) -> None:
+    """In a worker of `run_workers`: end this process as soon as the one that started it is gone."""
+    if environment.get(_LOCAL) != "1":
+        return
+
+    def wait() -> None:
+        while os.read(0, 1):
+            pass
+        os._exit(1)
+
+    threading.Thread(target=wait, name="watch-parent", daemon=True).start()
+
+
+def join(world: World, device_type: str) -> None:
+    """Make the process group of `world`: nccl on GPUs, gloo on CPUs. Nothing on one process."""
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.init_process_group("nccl" if device_type == "cuda" else "gloo", rank=world.rank, world_size=world.size)
+
+
+def leave(world: World) -> None:
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def share(world: World, value: Any) -> Any:
+    """The value of the first rank, in every rank."""
+    if world.size == 1:
+        return value
+    import torch.distributed as dist
+
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
