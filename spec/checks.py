@@ -10,7 +10,7 @@ from archwright.spec.diagnostics import span_of
 from archwright.spec.errors import Diagnostic
 from archwright.spec.models import Llama3Scaling, Range, SentencePieceTokenizer, Spec
 from archwright.spec.source import MapNode, fault, find
-from archwright.spec.structure import Path, dotted, parse_path
+from archwright.spec.structure import Path, parse_path
 
 TENSOR_DEGREES = (1, 2, 4)
 """What this version partitions, trains and builds."""
@@ -99,7 +99,8 @@ def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
                 code="SPEC023", path=_FFN, others={path: degree},
                 message=f"`ffn.hidden_size` ({width}) is not divisible by `{path}` ({degree})",
                 label=f"{width} inner channels cannot be split over {degree} ranks",
-                help=f"use hidden_size: {_nearest_multiple(width, degree)}, or tensor: {_nearest_degree(width, degree)}",
+                help=f"use hidden_size: {_nearest_multiple(width, degree)}, "
+                f"or tensor: {_nearest_degree(width, degree)}",
             )  # fmt: skip
 
 
@@ -108,8 +109,8 @@ def _heads_divide_hidden_size(spec: Spec) -> Iterator[Finding]:
     if attention.head_dim is None and hidden % attention.heads:
         yield Finding(
             code="SPEC024", path=_HEADS, others={"model.hidden_size": hidden},
-            message=f"`hidden_size` ({hidden}) is not divisible by `heads` ({attention.heads}), and `head_dim` is not given",
-            label=f"{hidden} / {attention.heads} is no whole head_dim",
+            message=f"`hidden_size` ({hidden}) is not divisible by `heads` ({attention.heads})",
+            label=f"{hidden} / {attention.heads} is no whole head_dim, and none is given",
             help=f"use heads: {_nearest(attention.heads, _divisors(hidden))}, or give head_dim",
         )  # fmt: skip
 
@@ -187,7 +188,8 @@ def _micro_batches_divide_batch(spec: Spec) -> Iterator[Finding]:
             code="SPEC031", path="train.batch_size", others={"train.micro_batches": pieces},
             message=f"`batch_size` ({size}) is not divisible by `micro_batches` ({pieces})",
             label=f"{size} sequences cannot be cut into {pieces} equal pieces",
-            help=f"use batch_size: {_nearest_multiple(size, pieces)}, or micro_batches: {_nearest(pieces, _divisors(size))}",
+            help=f"use batch_size: {_nearest_multiple(size, pieces)}, "
+            f"or micro_batches: {_nearest(pieces, _divisors(size))}",
         )  # fmt: skip
 
 
@@ -244,10 +246,13 @@ def _ranges_are_ordered(spec: Spec) -> Iterator[Finding]:
 
 
 def _ranges_fit_limits(spec: Spec) -> Iterator[Finding]:
-    positions_path = "build.max_positions" if spec.build.max_positions else _MAX_POSITIONS
-    positions = spec.build.max_positions or spec.model.max_positions
+    build = spec.build
+    batch = ("build.max_batch", build.max_batch)
+    positions = ("build.max_positions", build.max_positions or 0)
+    if not build.max_positions:
+        positions = (_MAX_POSITIONS, spec.model.max_positions)
     for path, sizes in _ranges(spec):
-        limit_path, limit = ("build.max_batch", spec.build.max_batch) if path.endswith("batch") else (positions_path, positions)
+        limit_path, limit = batch if path.endswith("batch") else positions
         if sizes.max > limit:
             yield Finding(
                 code="SPEC036", path=f"{path}.max", others={limit_path: limit},

@@ -106,30 +106,28 @@ def shape_at(path: Path, tree: MapNode) -> tuple[Shape, tuple[type[Node], ...]]:
 
 
 def _explain_one(path: Path, detail: ErrorDetails, tree: MapNode) -> Diagnostic:
-    kind, text = detail["type"], dotted(path)
+    kind, text, name = detail["type"], dotted(path), dotted(path[-1:])
     shape, around = shape_at(path, tree)
+    place = f" in `{dotted(path[:-1])}`" if len(path) > 1 else ""
     if kind == "extra_forbidden":
-        message = f"unknown key `{path[-1]}`" + (f" in `{dotted(path[:-1])}`" if len(path) > 1 else "")
-        help = suggest(path[-1], [name for name in field_names(around)], list_as="keys here")
+        message = f"unknown key `{name}`{place}"
+        help = suggest(name, field_names(around), list_as="keys here")
         return fault(key_span_of(tree, path), "SPEC010", message, path=text, help=help)
     if kind.startswith("union_tag"):
-        path, text, kinds = (*path, "kind"), f"{text}.kind", list(shape.kinds)
-        return _explain_kind(path, text, kinds, tree)
-    if path[-1:] == ("kind",):
-        return _explain_kind(path, text, [name for cls in around if (name := kind_of(cls))], tree)
+        return _explain_kind((*path, "kind"), list(shape.kinds), tree)
+    if name == "kind":
+        return _explain_kind(path, [word for cls in around if (word := kind_of(cls))], tree)
     if kind == "missing":
-        place = f" in `{dotted(path[:-1])}`" if len(path) > 1 else ""
-        message = f"`{path[-1]}` is missing{place}"
-        help = f"add `{path[-1]}:`, {describe(shape)}"
+        message = f"`{name}` is missing{place}"
+        help = f"add `{name}:`, {describe(shape)}"
         if path == ("model",):
             help = "add `model:`, or `extends:` a preset or another spec"
         return fault(span_of(tree, path[:-1]), "SPEC012", message, path=text, help=help)
     return _explain_value(path, kind, shape, tree)
 
 
-def _explain_kind(path: Path, text: str, kinds: list[str], tree: MapNode) -> Diagnostic:
-    found = find(tree, path)
-    owner = dotted(path[:-1])
+def _explain_kind(path: Path, kinds: list[str], tree: MapNode) -> Diagnostic:
+    found, text, owner = find(tree, path), dotted(path), dotted(path[:-1])
     if found is None:
         example = f"add `kind: {kinds[0]}`" if len(kinds) == 1 else f"kinds: {', '.join(kinds)}"
         return fault(span_of(tree, path[:-1]), "SPEC013", f"`{owner}` needs a `kind`", path=text, help=example)

@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from archwright.spec.models import Node, Spec
 from archwright.spec.source import MapNode, find, resolve_scalar
@@ -30,7 +30,8 @@ def _mapping(node: Node, path: Path, origin: _Origin | None) -> list[str]:
     lines: list[str] = []
     for name in field_names([type(node)]):
         value = getattr(node, name)
-        if value is not None or type(node).model_fields[name].default is not None:  # an absent optional value needs no line
+        is_absent = value is None and type(node).model_fields[name].default is None
+        if not is_absent:
             lines += _entry(name, value, (*path, name), origin)
     return lines
 
@@ -40,8 +41,7 @@ def _entry(name: str, value: Any, path: Path, origin: _Origin | None) -> list[st
         return [f"{name}:", *("  " + line for line in _mapping(value, path, origin))]
     if isinstance(value, tuple) and value and isinstance(value[0], Node):  # pyright: ignore[reportUnknownArgumentType]
         lines = [f"{name}:"]
-        items: tuple[Node, ...] = value
-        for index, item in enumerate(items):
+        for index, item in enumerate(cast(tuple[Node, ...], value)):
             first, *rest = _mapping(item, (*path, index), origin)
             lines += [f"  - {first}", *("    " + line for line in rest)]
         return lines
@@ -51,8 +51,7 @@ def _entry(name: str, value: Any, path: Path, origin: _Origin | None) -> list[st
 
 def _value(value: Any) -> str:
     if isinstance(value, tuple):
-        items: tuple[Any, ...] = value
-        return f"[{', '.join(map(_value, items))}]"
+        return f"[{', '.join(map(_value, cast(tuple[Any, ...], value)))}]"
     if not isinstance(value, str):
         return json.dumps(value, allow_nan=False)
     if _PLAIN.fullmatch(value) and resolve_scalar(value) == value:

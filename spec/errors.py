@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+_MAX_WIDTH = 120
+
 
 @dataclass(frozen=True, kw_only=True)
 class Diagnostic:
@@ -33,10 +35,12 @@ class Diagnostic:
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.code} {self.message}"]
         if self.source_line:
-            gutter = " " * max(5, len(str(self.line)) + 2)
-            caret = " " * (self.column - 1) + "^" * self.length
-            lines.append(f"{self.line:>{len(gutter)}} | {_printable(self.source_line)}")
-            lines.append(f"{gutter} | {caret} {self.label}".rstrip())
+            width = max(5, len(str(self.line)) + 2)
+            start = max(0, self.column - _MAX_WIDTH // 2) if len(self.source_line) > _MAX_WIDTH else 0
+            excerpt = _printable(self.source_line[start : start + _MAX_WIDTH])
+            caret = "^" * max(1, min(self.length, len(excerpt) - (self.column - 1 - start)))
+            lines.append(f"{self.line:>{width}} | {excerpt}".rstrip())
+            lines.append(f"{'':>{width}} | {'':>{self.column - 1 - start}}{caret} {self.label}".rstrip())
         lines += [f"  note: {note}" for note in self.notes]
         if self.help:
             lines.append(f"  help: {self.help}")
@@ -71,6 +75,9 @@ class SpecError(ArchwrightError):
         first = ordered[0]
         super().__init__(first.code, first.message, where=first.where, help=first.help or None)
         self.diagnostics: tuple[Diagnostic, ...] = tuple(ordered)
+
+    def __reduce__(self) -> tuple[type["SpecError"], tuple[tuple[Diagnostic, ...]]]:
+        return SpecError, (self.diagnostics,)  # for worker processes that raise it
 
     def __str__(self) -> str:
         return "\n".join(str(diagnostic) for diagnostic in self.diagnostics)

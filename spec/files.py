@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ _AT_FDCWD = -100
 
 
 @contextmanager
-def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse") -> Iterator[Path]:
+def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse") -> Generator[Path]:
     """Yields an empty temporary folder that becomes `path` when the block ends well, and vanishes when it does not.
 
     `replace` swaps the new folder with the old one in one step where the file system can (Linux), so that a reader

@@ -46,7 +46,7 @@ def write_manifest(
     """Hashes every file in `folder` and writes its manifest, byte-equal for equal files, details and measurements."""
     names = sorted(_file_names(folder))
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(lambda name: sha256_file(folder / name), names))
+        hashes = list(pool.map(sha256_file, [folder / name for name in names]))
     files = {
         name: FileEntry(sha256=sha256, bytes=(folder / name).stat().st_size)
         for name, sha256 in zip(names, hashes, strict=True)

@@ -61,7 +61,7 @@ def read_merged(path: str | os.PathLike[str]) -> tuple[MapNode, list[Diagnostic]
         faults += [*found, *_check_version(tree)]
         trees.append(tree)
         parent = tree.entries.pop("extends", None)
-        if parent is None or isinstance(parent.value, ScalarNode) and parent.value.value is None:
+        if parent is None or (isinstance(parent.value, ScalarNode) and parent.value.value is None):
             break
         if not isinstance(parent.value, ScalarNode) or not isinstance(parent.value.value, str):
             message = "`extends` must be text: preset:NAME or the path of a spec file"
@@ -127,7 +127,7 @@ def absolute_paths(tree: MapNode) -> MapNode:
 
 
 class _Override:
-    """One `--set`: finds its place in the tree by the classes, so that a misspelt path is an error and not a new key."""
+    """One `--set`: the classes say where it belongs, so that a misspelt path is an error and not a new key."""
 
     def __init__(self, path: str, span: Span) -> None:
         self.path = path
@@ -145,12 +145,13 @@ class _Override:
         name, *rest = segments
         kind = node.get("kind")
         classes = shape.chosen(kind.value if isinstance(kind, ScalarNode) else None)
-        if name == "extends" and shape is ROOT or not any(name in cls.model_fields for cls in classes):
+        if (name == "extends" and shape is ROOT) or not any(name in cls.model_fields for cls in classes):
             legal = [word for word in field_names(classes) if word != "extends"]
-            raise self.fault(len(segments) - 1, "is not part of the language", suggest(name, legal, list_as="keys here"))
+            help = suggest(name, legal, list_as="keys here")
+            raise self.fault(len(segments) - 1, "is not part of the language", help)
         cls = next(cls for cls in classes if name in cls.model_fields)
         inner = node.get(name)
-        if rest and (inner is None or isinstance(inner, ScalarNode) and inner.value is None):
+        if rest and (inner is None or (isinstance(inner, ScalarNode) and inner.value is None)):
             inner = self._default(cls, name, len(rest))
         laid = self.lay(inner, field_shape(cls, name), rest, value)
         return merge(node, MapNode(node.span, {name: Entry(self.span, laid)}))
@@ -186,7 +187,7 @@ class _Override:
 
 def _as_text(value: object) -> str:
     """JSON, which is YAML too, and so has places."""
-    return json.dumps(value, ensure_ascii=False, default=lambda v: os.fspath(v) if isinstance(v, os.PathLike) else str(v))
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _open(reference: str, asked_at: Span | None) -> Source:
@@ -222,7 +223,7 @@ def _parse_file(source: Source) -> tuple[MapNode, list[Diagnostic]]:
 def _check_version(tree: MapNode) -> list[Diagnostic]:
     """A parent's version would be hidden by the child's; and pydantic takes `true` and `1.0` for 1."""
     node = tree.get("version")
-    if node is None or isinstance(node, ScalarNode) and type(node.value) is int and node.value == 1:
+    if node is None or (isinstance(node, ScalarNode) and type(node.value) is int and node.value == 1):
         return []
     help = "this archwright reads version 1 of the language"
     return [fault(node.span, "SPEC015", "`version` must be 1", path="version", help=help)]

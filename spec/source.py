@@ -1,7 +1,7 @@
 """YAML 1.2 text → a tree of values that know where they stand.
 
-The tree is composed from ruamel.yaml's events instead of its Python objects: an event carries the place of every key and
-value, and nothing is constructed that the language does not have (tags, dates, sets).
+The tree is composed from ruamel.yaml's events instead of its Python objects: an event carries the place of every key
+and value, and nothing is constructed that the language does not have (tags, dates, sets).
 """
 
 import re
@@ -25,7 +25,8 @@ MAX_INT = 2**63 - 1
 # Line breaks as YAML readers count them; str.splitlines knows more.
 _LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
+_FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
+_NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 _CONSTANTS = {
     **dict.fromkeys(("", "~", "null", "Null", "NULL")),
     **dict.fromkeys(("true", "True", "TRUE"), True),
@@ -103,8 +104,9 @@ class MapNode:
 Tree = ScalarNode | ListNode | MapNode
 
 
-def fault(span: Span, code: str, message: str, *, label: str = "", help: str = "", path: str = "",
-          notes: tuple[str, ...] = ()) -> Diagnostic:
+def fault(
+    span: Span, code: str, message: str, *, label: str = "", help: str = "", path: str = "", notes: tuple[str, ...] = ()
+) -> Diagnostic:
     """A diagnostic that points at `span`."""
     return Diagnostic(
         code=code, message=message, file=span.source.name, line=span.line, column=span.column, length=span.length,
@@ -150,7 +152,7 @@ def read_source(path: Path, name: str, asked_at: Span | None = None) -> Source:
         hint = "write one with `archwright init`, or use preset:NAME (`archwright presets` lists them)"
         raise refuse(f"cannot read `{name}`: {reason.lower()}", hint) from error
     if len(content) > MAX_BYTES:
-        raise refuse(f"`{name}` is larger than {MAX_BYTES >> 20} MiB", "a spec is a short text; is this the right file?")
+        raise refuse(f"`{name}` is larger than {MAX_BYTES >> 20} MiB", "a spec is a short text: is this one?")
     try:
         return Source(name, content.decode("utf-8-sig"), path.parent)
     except UnicodeDecodeError as error:
@@ -162,7 +164,7 @@ def read_source(path: Path, name: str, asked_at: Span | None = None) -> Source:
 def parse(source: Source) -> tuple[Tree, list[Diagnostic]]:
     """The tree of a YAML text, and the faults that leave a tree (duplicate keys, tags, ...).
 
-    Raises `SpecError` where there is no tree: broken syntax (SPEC002), or more nodes or levels than a spec has (SPEC004).
+    Raises `SpecError` where there is no tree: broken syntax (SPEC002), or far more than a spec holds (SPEC004).
     """
     composer = _Composer(source)
     try:
@@ -174,16 +176,17 @@ def parse(source: Source) -> tuple[Tree, list[Diagnostic]]:
     except MarkedYAMLError as error:
         raise SpecError([*composer.faults, _syntax_fault(source, error)]) from error
     except ReaderError as error:
-        before = source.text[: error.position]
+        position: int = error.position  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        before = source.text[:position]
         line = len(_LINE_BREAK.findall(before)) + 1
         column = len(_LINE_BREAK.split(before)[-1]) + 1
-        message = f"the character U+{ord(source.text[error.position]):04X} is not allowed in YAML"
+        message = f"the character U+{ord(source.text[position]):04X} is not allowed in YAML"
         raise SpecError([fault(Span(source, line, column), "SPEC002", message, help="remove it")]) from error
     except Exception as error:  # ruamel's scanner trips over some broken texts with errors of every kind
         raise SpecError([fault(Span(source), "SPEC002", f"not readable as YAML: {error}")]) from error
 
 
-def _syntax_fault(source: Source, error: MarkedYAMLError) -> Diagnostic:
+def _syntax_fault(source: Source, error: Any) -> Diagnostic:
     mark = error.problem_mark or error.context_mark
     span = Span(source, mark.line + 1, mark.column + 1) if mark else Span(source)
     problem = (error.problem or error.context or "not readable as YAML").strip()
@@ -201,7 +204,7 @@ class _Composer:
         self.faults: list[Diagnostic] = []
         self.anchors: dict[str, tuple[Tree, int]] = {}
         self.num_nodes = 0
-        self.events: Iterator[Any] = YAML(typ="safe", pure=True).parse(source.text)
+        self.events: Iterator[Any] = YAML(typ="safe", pure=True).parse(source.text)  # pyright: ignore[reportUnknownMemberType]
 
     def document(self) -> Tree:
         tree: Tree = ScalarNode(Span(self.source), None)
@@ -214,7 +217,7 @@ class _Composer:
                     self.report(event, "a spec is YAML 1.2", "remove the %YAML line")
                 if num_documents == 2:
                     self.report(event, "a second document", "a spec file holds one document; remove `---`")
-            elif name.endswith("StartEvent") and name != "StreamStartEvent" or name in ("ScalarEvent", "AliasEvent"):
+            elif (name.endswith("StartEvent") and name != "StreamStartEvent") or name in ("ScalarEvent", "AliasEvent"):
                 node = self.node(event, 1)
                 tree = node if num_documents == 1 else tree
         return tree
@@ -292,7 +295,7 @@ class _Composer:
     def scalar(self, event: Any) -> ScalarNode:
         span = self.span(event)
         tag = str(event.tag) if event.tag else ""
-        if tag in ("!", _TAG + "str") or not tag and event.style:
+        if tag in ("!", _TAG + "str") or (not tag and event.style):
             return ScalarNode(span, event.value)
         value = resolve_scalar(event.value)
         if isinstance(value, int) and abs(value) > MAX_INT:
@@ -345,6 +348,7 @@ def resolve_scalar(text: str) -> Value:
             return MAX_INT + 1
         return int(text, 0) if text[:2] in ("0o", "0x") else int(text.replace("_", ""))
     if _FLOAT.fullmatch(text):
-        return float(text.replace("_", "").replace(".inf", "inf").replace(".Inf", "inf").replace(".INF", "inf")
-                     .replace(".nan", "nan").replace(".NaN", "nan").replace(".NAN", "nan"))  # fmt: skip
+        return float(text.replace("_", ""))
+    if _NOT_FINITE.fullmatch(text):
+        return float(text.replace(".", ""))
     return text

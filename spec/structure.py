@@ -96,7 +96,7 @@ def nearest(word: object, legal: Iterable[str]) -> str | None:
     text, words = str(word).lower()[:100], list(legal)
     distances = {candidate: _typos(text, candidate.lower()) for candidate in words}
     best = min(words, key=distances.__getitem__, default=None)
-    if best is not None and distances[best] <= max(1, len(best) // 3):
+    if best is not None and distances[best] <= (max(2, len(best) // 3) if len(best) > 3 else 1):
         return best
     matches = get_close_matches(text, words, n=1, cutoff=0.6)  # shortened words: bf16 for bfloat16
     return matches[0] if matches else None

@@ -21,7 +21,11 @@ class CausalMask(Node):
 
 
 class Llama3Scaling(Node):
-    """Llama 3.1's frequency scaling of RoPE: long wavelengths are divided by `factor`, short ones kept, a ramp between."""
+    """Llama 3.1's scaling of RoPE: frequencies of long wavelengths are divided by `factor`, those of short ones kept.
+
+    The ramp lies between wavelengths of original_max_positions / high_frequency_factor and / low_frequency_factor
+    (Llama team 2024, arXiv:2407.21783).
+    """
 
     kind: Literal["llama3"]
     factor: PositiveFloat = 8.0

@@ -88,5 +88,3 @@ class Serve(Node):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     api_key: str | None = None
-
-
