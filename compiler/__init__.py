@@ -4,13 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from archwright.compiler.exporting import export_graphs
     from archwright.compiler.module import compile_module
     from archwright.compiler.planner import plan
-    from archwright.compiler.targets.onnx_graph import export_graphs
 
 _LAZY = {
     "compile_module": "archwright.compiler.module",
-    "export_graphs": "archwright.compiler.targets.onnx_graph",
+    "export_graphs": "archwright.compiler.exporting",
     "plan": "archwright.compiler.planner",
 }
 

@@ -52,7 +52,7 @@ def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse")
         raise
 
 
-def atomic_write(path: Path, content: bytes | str) -> None:
+def atomic_write(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a whole file (text as UTF-8), replacing one that exists; a reader finds the old or the new content."""
     path = Path(os.path.abspath(path))
     _recover(path)

@@ -142,9 +142,11 @@ class OnnxOps:
         """A constant int64 vector; equal ones are one initializer."""
         name = "int64/" + "_".join(map(str, numbers))
         if name not in self.constants:
-            tensor = ir.tensor(np.array(numbers, np.int64), name=name)
             self.constants[name] = ir.Value(
-                name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor
+                name=name,
+                shape=ir.Shape((len(numbers),)),
+                type=ir.TensorType(ir.DataType.INT64),
+                const_value=ir.tensor(np.array(numbers, np.int64), name=name),
             )
         return Tensor(self.constants[name], self)
 

@@ -78,19 +78,18 @@ def graph_path(folder: Path, rank: int, stage: int = 0) -> Path:
 
 def export_graphs(
     plan: Plan,
-    weights: Weights,
+    weights: Weights | None,
     folder: Path,
     *,
     precision: str,
     capacity: int,
     spec_digest: str = "",
-    write_weights: bool = True,
 ) -> list[Path]:
     """Write `rank{r}/stage0.onnx` and `rank{r}/stage0.data` of every rank into `folder`, and return the graphs' paths.
 
+    weights: None writes the graphs alone, which is enough to look at shapes and layers.
     precision: float32, float16 or bfloat16, of weights, activations and caches; logits are float32 in each.
-    capacity: rows of the KV caches, at most the model's positions. write_weights: without them the graphs are complete
-    and their data files absent, which is enough to look at shapes and layers.
+    capacity: rows of the KV caches, at most the model's positions.
     The bytes depend on the arguments alone. Raises ArchwrightError BUILD010 where the capacity is out of range.
     """
     if not 1 <= capacity <= plan.program.max_positions:
@@ -109,7 +108,7 @@ def export_graphs(
         facts |= {f"degrees.{axis}": degree for axis, degree in degrees.items()}
         onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
         path.write_bytes(graph.model.SerializeToString(deterministic=True))
-        if write_weights:
+        if weights is not None:
             with path.with_suffix(".data").open("wb") as file:
                 write_data(file, graph.layout, plan.program, weights, rank)
         paths.append(path)

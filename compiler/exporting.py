@@ -1,0 +1,39 @@
+"""spec or folder → rank graphs, as its `build` section says."""
+
+from pathlib import Path
+
+from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.targets import onnx_graph
+from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.streaming import GeneratedWeights, Weights
+from archwright.spec import ArchwrightError, Spec, spec_digest
+
+
+def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weights: bool = True) -> list[Path]:
+    """Write the ONNX graphs of every rank, `rank{r}/stage0.onnx` with `rank{r}/stage0.data`, and return their paths.
+
+    source: a model folder or a run, or a spec whose `build.weights` are generated. Precision, degrees and cache length
+    are those of the `build` section. Nothing is run or verified; `archwright build` does that. Needs no torch.
+    write_weights: False writes the graphs alone.
+    Raises ArchwrightError BUILD011 where a spec has weights to come from a model, and what opening a folder raises.
+    """
+    weights: Weights | None = None
+    if isinstance(source, Spec):
+        spec = source
+    else:
+        opened = open_folder(Path(source))
+        spec, weights = opened.spec, opened.weights
+    plan = run_passes(spec, degrees_of(spec.build.parallel))
+    if spec.build.weights.kind == "generated":
+        weights = GeneratedWeights(params=plan.program.params(), seed=spec.build.weights.seed)
+    elif weights is None and write_weights:
+        help = "give a model folder or a run, or set build.weights to {kind: generated}"
+        raise ArchwrightError("BUILD011", "a spec alone has no weights to export", help=help)
+    return onnx_graph.export_graphs(
+        plan,
+        weights if write_weights else None,
+        Path(folder),
+        precision=spec.build.precision,
+        capacity=spec.build.max_positions or spec.model.max_positions,
+        spec_digest=spec_digest(spec),
+    )
