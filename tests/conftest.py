@@ -1,32 +1,21 @@
-"""Golden files: `pytest --update-golden` writes what the tests now give; read the difference before you commit it."""
-
-from collections.abc import Callable
-from pathlib import Path
+"""What every run of the tests shares."""
 
 import pytest
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-golden", action="store_true", help="write the golden files instead of comparing")
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The largest error that each comparison met, from the properties `error: NAME` that tests record.
 
-
-@pytest.fixture
-def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
-    """`golden("name.txt", text)` compares the text with `golden/name.txt` beside the test."""
-
-    def compare(name: str, text: str) -> None:
-        path = request.path.parent / "golden" / name
-        if request.config.getoption("--update-golden"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, encoding="utf-8")
-        assert path.is_file(), f"{path.name} does not exist; write it with --update-golden"
-        assert text == path.read_text(encoding="utf-8")
-
-    return compare
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working folder, so that messages show names without a path."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    Here and not in tests/parity: with pytest-xdist only this conftest is read by the process that prints.
+    """
+    errors: dict[str, list[float]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", None) == "call":
+                for name, value in report.user_properties:
+                    if name.startswith("error: "):
+                        errors.setdefault(name.removeprefix("error: "), []).append(value)
+    if errors:
+        terminalreporter.section("largest errors, relative to the oracle's largest value")
+        for name, values in errors.items():
+            terminalreporter.line(f"{name:<40} {max(values):.1e} in {len(values)} comparisons")

@@ -1,0 +1,77 @@
+"""One of the ranks that compute cases with tensor parallelism over gloo. Requests come in as pickles, answers go out.
+
+python -m tests.parity.worker RANK WORLD RENDEZVOUS_FILE
+"""
+
+import pickle
+import sys
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from archwright.compiler.distributed.apply import apply_plan, gather, make_mesh
+from archwright.compiler.interpreters.torch_module import TorchProgram
+from archwright.compiler.interpreters.torch_ops import TorchOps
+from archwright.compiler.ir import Degrees, Plan, Program
+from archwright.compiler.passes.partition import TABLE
+from tests.parity.cases import Array, Case, Outputs
+from tests.parity.targets import load_weights, run_torch
+
+
+def run_local(case: Case, program: Program, local: Program, dtype: torch.dtype) -> Outputs:
+    """This rank's Program of local sizes, on its slices of the weights."""
+    rank = dist.get_rank()
+    tensors = {
+        name: case.weights.read(name, param.split and param.split.slices(param.shape, rank))
+        for name, param in program.params().items()
+    }
+    ops = TorchOps(dtype=dtype, groups={"tensor": dist.group.WORLD}, ranks={"tensor": rank})
+    module = TorchProgram(local, ops, dtype=dtype, device="cpu")
+    load_weights(module, tensors)
+    return run_torch(replace(case, program=local), module)
+
+
+def run_trained(case: Case, plan: Plan) -> tuple[Array, float, dict[str, Array]]:
+    """The module that training uses, in float64: logits, loss and the full gradients."""
+    mesh = make_mesh(plan.degrees, "cpu")
+    module = apply_plan(
+        plan, case.weights, dtype=torch.float64, compute_dtype=torch.float64, device=torch.device("cpu"), mesh=mesh
+    )
+    ids_BS = torch.from_numpy(case.ids_BS)
+    with torch.no_grad():
+        whole_BSV = module(ids_BS).numpy()
+    loss_sum, _ = module(ids_BS, torch.from_numpy(case.targets_BS))
+    loss_sum.backward()
+    gradients = {name: gather(parameter.grad).numpy() for name, parameter in module.named_parameters()}
+    return whole_BSV, float(loss_sum.detach()), gradients
+
+
+def answer(request: dict[str, Any]) -> Any:
+    case, program, local = request["case"], request["program"], request["local"]
+    if request["dtype"] is not None:
+        return run_local(case, program, local, getattr(torch, request["dtype"]))
+    return run_trained(
+        case, Plan(degrees=Degrees(tensor=dist.get_world_size()), table=TABLE, program=program, local=local)
+    )
+
+
+def main(rank: int, world: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(rendezvous, world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    while (request := pickle.load(requests)) is not None:
+        try:
+            result = answer(request)
+        except Exception as error:  # the parent decides whether that is a failure
+            result = error
+        pickle.dump(result, answers)
+        answers.flush()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
