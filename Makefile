@@ -70,4 +70,4 @@ bench: $(READY) ## measure; results go to benchmarks/results
 
 clean: ## remove .venv, build products and caches (the demo's results stay)
 	rm -rf .venv .venv-ci build dist archwright.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	find spec compiler runtime trainers tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
