@@ -185,17 +185,13 @@ def _ignore(num_bytes: int) -> None:
     pass
 
 
-def _size(document: Document) -> int:
-    return sum(len(text.encode()) for text in document.texts())
-
-
 def _batches(selection: Iterable[tuple[Document, bool]]) -> Iterator[tuple[_Batch, int]]:
     """Documents in groups of about `_BATCH_BYTES`, with their size."""
     batch: _Batch = []
     size = 0
     for document, held_out in selection:
         batch.append((document, held_out))
-        size += _size(document)
+        size += document.num_bytes
         if size >= _BATCH_BYTES:
             yield batch, size
             batch, size = [], 0

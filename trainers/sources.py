@@ -34,6 +34,11 @@ class Document:
         content = json.dumps(self.messages, sort_keys=True, ensure_ascii=False) if self.messages else self.text
         return hashlib.sha256((b"chat\0" if self.messages else b"text\0") + content.encode()).digest()
 
+    @property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all that it says."""
+        return sum(len(text.encode()) for text in self.texts())
+
     def texts(self) -> list[str]:
         """What a tokenizer may learn from: the text, or what each message says."""
         return [message["content"] for message in self.messages] if self.messages else [self.text]
@@ -74,7 +79,7 @@ class Selection:
             self.tallies.append(tally)
             for document in read_source(source):
                 if self._keep(document, tally, seen):
-                    held_out = is_validation(document.key, self.data.validation_fraction)
+                    held_out = share_of(document.key, "validation") < self.data.validation_fraction
                     tally.validation += held_out
                     tally.train += not held_out
                     yield document, held_out
@@ -95,10 +100,10 @@ class Selection:
         return True
 
 
-def is_validation(key: bytes, fraction: float) -> bool:
-    """Whether a document is held out: 64 bits of a hash of its key, as a number in [0, 1), lie below `fraction`."""
-    bits = int.from_bytes(hashlib.sha256(b"validation\0" + key).digest()[:8], "big")
-    return bits < fraction * 2**64
+def share_of(key: bytes, purpose: str) -> float:
+    """A number in [0, 1) that depends on a document's content and on the purpose, and on nothing else."""
+    # 53 bits are what a float holds: more would round up to 1.
+    return (int.from_bytes(hashlib.sha256(f"{purpose}\0".encode() + key).digest()[:8], "big") >> 11) / 2**53
 
 
 def total_bytes(sources: Sequence[Source]) -> int:
