@@ -1,0 +1,177 @@
+"""A run, a model folder or a spec → an artifact folder: graphs, weights, tokenizer, manifest; complete and verified, or absent."""
+
+import importlib.metadata
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from archwright.compiler.passes import lower
+from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
+from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
+from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.streaming import GeneratedWeights, Weights
+from archwright.runtime.artifact import SEAL, Artifact, is_artifact, seal
+from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
+from archwright.runtime.text.tokenizer import open_tokenizer
+from archwright.runtime.verification import Report, content_checks, describe, measurements
+from archwright.spec import ArchwrightError, Spec, dump, load, spec_digest
+from archwright.spec.files import atomic_folder
+from archwright.spec.manifest import write_manifest
+from archwright.spec.models import ModelWeights, Parallel
+
+To = Literal["onnx", "engine"]
+Progress = Callable[[str], None]
+TOOLS = ("archwright", "numpy", "onnx", "onnx-ir", "onnxruntime")
+"""Distributions whose versions stand in the manifest, where they are installed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What is built: spec, weights, and the folder of the tokenizer if there is one."""
+
+    spec: Spec
+    weights: Weights
+    tokenizer: Path | None
+
+
+def build(
+    source: str | Path,
+    out: str | Path,
+    to: To = "onnx",
+    overrides: Mapping[str, object] | None = None,
+    progress: Progress = lambda message: None,
+) -> Report:
+    """Write the artifact folder `out`, and return what its checks found (all passed).
+
+    source: a run (its newest checkpoint), a model folder, or a spec file or preset with build.weights.kind=generated.
+    to: onnx, or engine for TensorRT engines beside the graphs. overrides: of the spec's `build` section.
+    Graphs and weights of equal inputs are byte-equal.
+    Raises ArchwrightError BUILD001 to BUILD006 where it cannot be built, VERIFY010 where a check fails; then, and where it is
+    interrupted, there is no `out`.
+    """
+    out = Path(out)
+    if to not in ("onnx", "engine"):
+        raise ArchwrightError("BUILD002", f"there is no target `{to}`", help="use onnx or engine")
+    # What is missing is said before anything is computed.
+    load_onnxruntime()
+    tensorrt = load_tensorrt() if to == "engine" else None
+    opened = _open_source(source, overrides or {})
+    with atomic_folder(out) as folder:
+        start = time.perf_counter()
+        artifact = Artifact(folder, _artifact_spec(opened.spec))
+        _write(artifact, opened, progress)
+        exported_s = time.perf_counter() - start
+        checks = tuple(content_checks(artifact, source=opened.weights, progress=progress))
+        report = Report(path=out, checks=checks)
+        if not report.ok:
+            raise ArchwrightError(
+                "VERIFY010",
+                f"the artifact is not written, since its checks failed:\n{report.as_text()}",
+                where=str(source),
+                help="this is a fault of Archwright or of the weights; `archwright build --debug` shows more",
+            )
+        measured: dict[str, Any] = {
+            "errors": dict(measurements(checks)),
+            "export_s": exported_s,
+            "verify_s": time.perf_counter() - start - exported_s,
+        }
+        details = describe(artifact.spec) | {"toolchain": _versions()}
+        if tensorrt is not None:
+            engines = _build_engines(artifact, tensorrt, progress)
+            details["toolchain"]["tensorrt"] = tensorrt_title(tensorrt)
+            details["engines"] = {name: {"layers": dict(engine.layers)} for name, engine in engines.items()}
+            measured["engine_s"] = {name: engine.seconds for name, engine in engines.items()}
+        details[SEAL] = seal(details, measured, spec_digest(artifact.spec))
+        write_manifest(folder, kind="artifact", spec=artifact.spec, details=details, measured=measured)
+    return report
+
+
+def _open_source(source: str | Path, overrides: Mapping[str, object]) -> _Source:
+    path = Path(source)
+    if not path.is_dir():
+        return _from_spec(load(str(source), overrides))
+    if is_artifact(path):
+        help = "build from the run or the model folder; `archwright inspect` says what a folder is"
+        raise ArchwrightError("BUILD003", "this is an artifact already", where=str(path), help=help)
+    if any(key.startswith("build.weights") for key in overrides):
+        help = "leave build.weights out, or build from the spec itself"
+        raise ArchwrightError("BUILD004", "a run or a model folder is built with its own weights", help=help)
+    opened = open_folder(path)
+    spec = load(path / "spec.yaml", overrides)
+    if spec_digest(spec) != spec_digest(opened.spec):
+        raise ArchwrightError(
+            "BUILD005",
+            "the overrides change the model that the weights belong to",
+            where=str(path),
+            help="override values of the `build` section only",
+        )
+    build = spec.build.model_copy(update={"weights": ModelWeights(kind="model")})
+    spec = spec.model_copy(update={"build": build})
+    return _Source(spec=spec, weights=opened.weights, tokenizer=opened.tokenizer)
+
+
+def _from_spec(spec: Spec) -> _Source:
+    chosen = spec.build.weights
+    if chosen.kind != "generated":
+        raise ArchwrightError(
+            "BUILD006",
+            "a spec has no weights",
+            help="give a run or a model folder, or add --set build.weights.kind=generated for initial weights",
+        )
+    path = spec.tokenizer.path if spec.tokenizer else None
+    return _Source(
+        spec=spec,
+        weights=GeneratedWeights(params=lower(spec).params(), seed=chosen.seed),
+        tokenizer=Path(path) if path is not None else None,
+    )
+
+
+def _artifact_spec(spec: Spec) -> Spec:
+    """The part of a spec that an artifact is made of: no paths, nothing of the training."""
+    parts = {"extends": None, "tokenizer": None, "data": None, "train": None, "parallel": Parallel()}
+    capacity = spec.build.max_positions or spec.model.max_positions
+    return spec.model_copy(update=parts | {"build": spec.build.model_copy(update={"max_positions": capacity})})
+
+
+def _write(artifact: Artifact, opened: _Source, progress: Progress) -> None:
+    ranks = len(artifact.graphs)
+    progress(f"writing the graph{'s' if ranks > 1 else ''} and weights of {ranks} rank{'s' if ranks > 1 else ''}")
+    (artifact.path / "spec.yaml").write_text(dump(artifact.spec))
+    if opened.tokenizer is not None:
+        for file in open_tokenizer(opened.tokenizer).files():
+            shutil.copyfile(file, artifact.path / file.name)
+    export_graphs(
+        artifact.plan,
+        opened.weights,
+        artifact.path,
+        precision=artifact.precision,
+        capacity=artifact.capacity,
+        spec_digest=spec_digest(artifact.spec),
+    )
+
+
+def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) -> dict[str, EngineSummary]:
+    """An engine beside each rank's graph, by its path in the artifact."""
+    build = artifact.spec.build
+    profiles = default_profiles(build, artifact.capacity)
+    engines: dict[str, EngineSummary] = {}
+    for number, graph in enumerate(artifact.graphs, 1):
+        progress(f"building engine {number} of {len(artifact.graphs)} with {tensorrt_title(library)}")
+        engine = build_engine(graph, profiles, build.engine, library=library)
+        engines[engine.path.relative_to(artifact.path).as_posix()] = engine
+    return engines
+
+
+def _versions() -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in TOOLS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

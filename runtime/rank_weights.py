@@ -1,0 +1,170 @@
+"""The weights that lie in an artifact: each rank's part, and the whole tensors that the parts make up."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto
+
+from archwright.compiler.ir import Param
+from archwright.compiler.targets.onnx_graph import emit_graph
+from archwright.compiler.weights.streaming import PRECISIONS, Weights
+from archwright.runtime.artifact import Artifact
+from archwright.spec import ArchwrightError
+
+Array = NDArray[Any]
+
+SLAB_BYTES = 64 << 20
+SAMPLED_ROWS = 64
+"""Rows of a tensor that are compared where comparing all would take minutes."""
+
+_DTYPES = {
+    TensorProto.FLOAT: PRECISIONS["float32"],
+    TensorProto.FLOAT16: PRECISIONS["float16"],
+    TensorProto.BFLOAT16: PRECISIONS["bfloat16"],
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where a rank's part of a parameter lies, and whether it is stored transposed."""
+
+    file: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    transposed: bool
+
+
+class RankWeights:
+    """The parameters of an artifact's Program, read from the data files through what the graphs say about them.
+
+    Raises ArchwrightError VERIFY006 where a graph lacks a parameter or gives it another shape or type than the spec.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        plan = artifact.plan
+        self.params = plan.program.params()
+        self.ranks = plan.degrees.world
+        local = plan.local.params()
+        degrees = {"tensor": plan.degrees.tensor}
+        layout = emit_graph(plan.local, precision=artifact.precision, capacity=artifact.capacity, degrees=degrees).layout
+        stored = {p.external.source: p for p in layout if isinstance(p.external.source, str)}
+        self._places: list[dict[str, _Place]] = []
+        for graph in artifact.graphs:
+            tensors = {t.name: t for t in onnx.load(graph, load_external_data=False).graph.initializer}
+            places: dict[str, _Place] = {}
+            for name, placed in stored.items():
+                assert isinstance(name, str)
+                if placed.name not in tensors:
+                    raise _wrong(graph, f"has no initializer `{placed.name}`")
+                places[name] = _place(graph, tensors[placed.name], placed.external.transposed)
+                shape = places[name].shape[::-1] if places[name].transposed else places[name].shape
+                if shape != local[name].shape or places[name].dtype != PRECISIONS[artifact.precision]:
+                    raise _wrong(graph, f"`{placed.name}` is {places[name].dtype} {list(places[name].shape)}")
+            self._places.append(places)
+
+    def names(self) -> Iterable[str]:
+        return self.params
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.params[name].shape
+
+    def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Array:
+        """The whole tensor, put together from the ranks (of equal parts, rank 0's), or a part of it."""
+        param = self.params[name]
+        whole = np.empty(param.shape, self._places[0][name].dtype)
+        for rank in reversed(range(self.ranks)):
+            whole[self.slices(param, rank)] = self.part(name, rank)
+        return whole if slices is None else whole[slices]
+
+    def part(self, name: str, rank: int) -> Array:
+        """A view of what a rank has of a parameter, [out, in] as the canonical tensor is."""
+        place = self._places[rank][name]
+        view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.shape)
+        return np.asarray(view).T if place.transposed else np.asarray(view)
+
+    @staticmethod
+    def slices(param: Param, rank: int) -> tuple[slice, ...]:
+        """Where a rank's part lies in the whole tensor."""
+        split = param.split
+        return tuple(slice(None) for _ in param.shape) if split is None else split.slices(param.shape, rank)
+
+
+def _place(graph: Path, tensor: TensorProto, transposed: bool) -> _Place:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    if tensor.data_type not in _DTYPES or "location" not in entries:
+        raise _wrong(graph, f"`{tensor.name}` is not stored beside the graph in a known type")
+    file = graph.parent / entries["location"]
+    place = _Place(
+        file=file,
+        offset=int(entries.get("offset", 0)),
+        shape=tuple(tensor.dims),
+        dtype=_DTYPES[tensor.data_type],
+        transposed=transposed,
+    )
+    if not file.is_file() or place.offset + prod(place.shape) * place.dtype.itemsize > file.stat().st_size:
+        raise _wrong(graph, f"`{tensor.name}` lies outside {entries['location']}")
+    return place
+
+
+def _wrong(graph: Path, message: str) -> ArchwrightError:
+    where = f"{graph.parent.name}/{graph.name}"
+    return ArchwrightError("VERIFY006", message, where=where, help="build the artifact again")
+
+
+def differing_ranks(weights: RankWeights, *, sampled: bool) -> Iterator[str]:
+    """A sentence for each parameter of which two ranks should have the same part, and do not."""
+    for name, param in weights.params.items():
+        owners: dict[int, int] = {}
+        for rank in range(weights.ranks):
+            piece = 0 if param.split is None else param.split.piece(rank)
+            first = owners.setdefault(piece, rank)
+            if first != rank and not _equal(weights.part(name, first), weights.part(name, rank), sampled):
+                yield f"rank{rank}: its part of `{name}` differs from rank{first}'s, of which it is a copy"
+
+
+def differing_source(weights: RankWeights, source: Weights, *, sampled: bool) -> Iterator[str]:
+    """A sentence for each part that is not the source's, rounded once to the artifact's precision."""
+    for name, param in weights.params.items():
+        for rank in range(weights.ranks):
+            part = weights.part(name, rank)
+            if not _equal(part, source.read(name, weights.slices(param, rank)), sampled):
+                yield f"rank{rank}: its part of `{name}` is not that of the model"
+
+
+def not_finite(weights: RankWeights, *, sampled: bool) -> Iterator[str]:
+    """A sentence for each part that holds an infinity or a NaN."""
+    for name in weights.params:
+        for rank in range(weights.ranks):
+            part = weights.part(name, rank)
+            if not all(np.isfinite(part[rows]).all() for rows in _slabs(part, sampled)):
+                yield f"rank{rank}: its part of `{name}` is not finite"
+
+
+def _equal(part: Array, expected: Array, sampled: bool) -> bool:
+    """Whether two arrays are equal bit for bit, `expected` rounded to the type of `part`."""
+    return part.shape == expected.shape and all(
+        _bits(part[rows]) == _bits(expected[rows].astype(part.dtype)) for rows in _slabs(part, sampled)
+    )
+
+
+def _bits(array: Array) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+def _slabs(array: Array, sampled: bool) -> Iterator[slice]:
+    """Row ranges that cover the array, or evenly spaced rows of a large one, the first and the last among them."""
+    rows = len(array)
+    if sampled and rows > SAMPLED_ROWS:
+        for row in np.unique(np.linspace(0, rows - 1, SAMPLED_ROWS).astype(int)).tolist():
+            yield slice(row, row + 1)
+        return
+    step = max(1, SLAB_BYTES // max(1, array[:1].nbytes))
+    for start in range(0, rows, step):
+        yield slice(start, start + step)

@@ -1,0 +1,260 @@
+"""Whether an artifact is what was built, and computes what its spec says.
+
+The numbers of an artifact up to LARGE parameters are checked with its own weights: the oracle reads them back from the ranks'
+data files, so the artifact proves itself, and `build` adds that they are the model's, rounded once. Above that the
+oracle would take hours; then the same spec is built in small (`compiler.reduced`) and checked, and rows of the real
+weights are sampled.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+
+from archwright.compiler.passes import lower
+from archwright.compiler.reduced import reduced
+from archwright.compiler.targets.linter import lint
+from archwright.compiler.targets.merge import load_ranks, merge_ranks
+from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.weights.streaming import GeneratedWeights, Weights
+from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
+from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_graphs
+from archwright.runtime.numerics import Comparison, compare
+from archwright.runtime.rank_weights import RankWeights, differing_ranks, differing_source, not_finite
+from archwright.spec import ArchwrightError, Spec, load, spec_digest
+from archwright.spec.manifest import MANIFEST, Manifest, check_manifest
+
+LARGE = 1 << 26
+"""Parameters above which the numbers are those of the reduced spec: the oracle's arrays would take half a GiB and more."""
+
+Result = Literal["ok", "failed", "not done"]
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of a report. error and tolerance: of the checks that compare numbers, relative."""
+
+    name: str
+    code: str
+    result: Result
+    problems: tuple[str, ...] = ()
+    error: float | None = None
+    tolerance: float | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `verify` found."""
+
+    path: Path
+    checks: tuple[Check, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(check.result == "ok" for check in self.checks)
+
+    def problems(self) -> list[str]:
+        """`CODE sentence` of everything that is wrong."""
+        return [f"{check.code} {problem}" for check in self.checks for problem in check.problems]
+
+    def as_text(self) -> str:
+        """A table: check, result, largest error, tolerance."""
+        width = max(len(check.name) for check in self.checks)
+        lines = [f"{'check':<{width}}  {'result':<8}  {'error':>8}  {'allowed':>8}"]
+        for check in self.checks:
+            error, tolerance = ("" if x is None else f"{x:.1e}" for x in (check.error, check.tolerance))
+            line = f"{check.name:<{width}}  {check.result:<8}  {error:>8}  {tolerance:>8}  {check.detail}"
+            lines += [line.rstrip(), *(f"{'':<{width}}  {check.code} {problem}" for problem in check.problems)]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"path": str(self.path), "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+
+
+def verify(path: str | Path, progress: Progress = lambda message: None) -> Report:
+    """Check an artifact folder by itself: files, graphs, weights, numbers.
+
+    A later group of checks is not done where an earlier one failed: what is not the file that was built is not run.
+    Raises ArchwrightError SPEC091 or RUN015 where the folder is no artifact, RUN023 without ONNX Runtime.
+    """
+    path = Path(path)
+    load_onnxruntime()
+    manifest = read_artifact_manifest(path)
+    progress("checking the files")
+    checks = list(_file_checks(path, manifest))
+    if all(check.result == "ok" for check in checks):
+        spec = load(path / "spec.yaml")
+        checks.append(_check("manifest facts", "VERIFY001", _facts(manifest, spec)))
+        checks += content_checks(Artifact(path, spec), progress=progress)
+    else:
+        checks += [_not_done(name, code) for name, code in (*_GRAPH_CHECKS, *_NUMBER_CHECKS)]
+    return Report(path=path, checks=tuple(checks))
+
+
+_GRAPH_CHECKS = (("onnx checker", "VERIFY004"), ("linter", "VERIFY005"), ("weights", "VERIFY006"))
+_NUMBER_CHECKS = (("numbers", "VERIFY007"),)
+
+
+def content_checks(
+    artifact: Artifact, *, source: Weights | None = None, progress: Progress = lambda message: None
+) -> Iterator[Check]:
+    """The checks of what the files say, as `verify` and `build` do them.
+
+    source: the weights that the artifact was built from, which only `build` has.
+    """
+    progress("checking the graphs")
+    finders = (_checker(artifact), _linter(artifact), _weights(artifact, source))
+    checks = [_guarded(name, code, found) for (name, code), found in zip(_GRAPH_CHECKS, finders, strict=True)]
+    yield from checks
+    if any(check.result == "failed" for check in checks):
+        yield from (_not_done(name, code) for name, code in _NUMBER_CHECKS)
+        return
+    scope = numeric_scope(artifact.spec)
+    progress("comparing numbers with the oracle" + (", on the reduced spec" if scope == "reduced" else ""))
+    try:
+        for comparison in _numbers(artifact, scope):
+            yield _compared(comparison, scope)
+    except ArchwrightError as error:
+        yield _check("numbers", "VERIFY007", [error.message])
+
+
+def numeric_scope(spec: Spec) -> Literal["whole", "reduced"]:
+    """Whether the numbers of an artifact are checked with its own weights, or on its spec made small."""
+    return "whole" if lower(spec).num_params() <= LARGE else "reduced"
+
+
+def _file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
+    problems = check_manifest(path)
+    digest = manifest.details.get(SEAL)
+    if digest != seal(manifest.details, manifest.measured, manifest.spec_digest):
+        problems.append(f"{MANIFEST}: what it says is not what `build` wrote")
+    text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    if (path / MANIFEST).read_text() != text:
+        problems.append(f"{MANIFEST}: its form is not what `build` wrote")
+    yield _check("files and hashes", "VERIFY001", problems, detail=f"{len(manifest.files)} files")
+    yield _check("no links", "VERIFY002", list(escapes(path)))
+    yield _check("external data", "VERIFY003", list(_external(path)))
+
+
+def _external(path: Path) -> Iterator[str]:
+    """Each rank's external data is the file beside its graph."""
+    for graph in sorted(path.glob("rank*/*.onnx")):
+        name = graph.relative_to(path).as_posix()
+        try:
+            tensors = onnx.load(graph, load_external_data=False).graph.initializer
+        except Exception as error:  # protobuf's DecodeError, and whatever a broken file may bring about
+            yield f"{name}: not an ONNX graph ({type(error).__name__})"
+            continue
+        locations = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
+        for place in sorted(locations):
+            if Path(place).name != place or place in ("", "."):
+                yield f"{name}: names `{place}`, which is not beside it"
+
+
+def _facts(manifest: Manifest, spec: Spec) -> Iterator[str]:
+    """What the manifest repeats from the spec, so that tools can read it without the spec."""
+    if manifest.spec_digest != spec_digest(spec):
+        yield f"{MANIFEST}: its spec_digest is not that of spec.yaml"
+    yield from (
+        f"{MANIFEST}: {key} is {manifest.details.get(key)!r}, spec.yaml says {value!r}"
+        for key, value in describe(spec).items()
+        if manifest.details.get(key) != value
+    )
+
+
+def describe(spec: Spec) -> dict[str, Any]:
+    """What the manifest of an artifact repeats from its spec."""
+    parallel = spec.build.parallel
+    return {
+        "target": spec.build.target,
+        "precision": spec.build.precision,
+        "degrees": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert},
+        "capacity": spec.build.max_positions or spec.model.max_positions,
+        "max_batch": spec.build.max_batch,
+        "num_parameters": lower(spec).num_params(),
+        "numbers_checked_on": numeric_scope(spec),
+    }
+
+
+def _checker(artifact: Artifact) -> Iterator[str]:
+    for graph in artifact.graphs:
+        try:
+            onnx.checker.check_model(str(graph))
+        except onnx.checker.ValidationError as error:
+            yield f"{graph.parent.name}/{graph.name}: {error}"
+
+
+def _linter(artifact: Artifact) -> Iterator[str]:
+    models = load_ranks(artifact.path)
+    if len(models) != len(artifact.graphs):
+        yield f"there are {len(models)} ranks, spec.yaml says {len(artifact.graphs)}"
+        return
+    for graph, model in zip(artifact.graphs, models, strict=True):
+        yield from (f"{graph.parent.name}/{graph.name}: {problem}" for problem in lint(model, graph.parent))
+    merge_ranks(artifact.path)  # raises where the ranks' collectives do not match
+
+
+def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
+    weights = RankWeights(artifact)
+    sampled = numeric_scope(artifact.spec) == "reduced"
+    yield from differing_ranks(weights, sampled=sampled)
+    yield from not_finite(weights, sampled=sampled)
+    if source is not None:
+        yield from differing_source(weights, source, sampled=sampled)
+
+
+def _numbers(artifact: Artifact, scope: Literal["whole", "reduced"]) -> Iterator[Comparison]:
+    ranks = len(artifact.graphs)
+    if scope == "whole":
+        backend = open_graphs(artifact.path, ranks=ranks, precision=artifact.precision, max_batch=artifact.max_batch)
+        yield from compare(backend, lower(artifact.spec), RankWeights(artifact))
+        return
+    with tempfile.TemporaryDirectory(prefix="archwright-reduced-") as name:
+        small = Artifact(Path(name), reduced(artifact.spec))
+        program = small.plan.program
+        weights = GeneratedWeights(params=program.params(), seed=0)
+        export_graphs(small.plan, weights, small.path, precision=small.precision, capacity=small.capacity)
+        backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
+        yield from compare(backend, lower(small.spec), RankWeights(small))
+
+
+def _guarded(name: str, code: str, problems: Iterator[str]) -> Check:
+    """A check that also fails where its search raises a user's error."""
+    try:
+        return _check(name, code, list(problems))
+    except ArchwrightError as error:
+        place = f"{error.where}: " if error.where else ""
+        return _check(name, code, [f"{place}{error.message}"])
+
+
+def _check(name: str, code: str, problems: Iterable[str], detail: str = "") -> Check:
+    found = tuple(problems)
+    return Check(name=name, code=code, result="failed" if found else "ok", problems=found, detail=detail)
+
+
+def _not_done(name: str, code: str) -> Check:
+    return Check(name=name, code=code, result="not done")
+
+
+def _compared(comparison: Comparison, scope: str) -> Check:
+    problem = f"{comparison.name}: the error is {comparison.error:.2e}, allowed is {comparison.tolerance:.0e}"
+    return Check(
+        name=comparison.name,
+        code="VERIFY007",
+        result="ok" if comparison.passed else "failed",
+        problems=() if comparison.passed else (problem,),
+        error=comparison.error,
+        tolerance=comparison.tolerance,
+        detail=comparison.detail + (", reduced spec" if scope == "reduced" else ""),
+    )
+
+
+def measurements(checks: tuple[Check, ...]) -> Mapping[str, float]:
+    """Largest error of each check that compared numbers."""
+    return {check.name: check.error for check in checks if check.error is not None}

@@ -1,0 +1,22 @@
+"""`archwright verify`."""
+
+import json
+import sys
+from pathlib import Path
+
+from archwright.spec.cli import add_output_format, parser
+
+
+def verify(arguments: list[str]) -> int:
+    """Prints what the checks of an artifact found; exit status 1 when one failed or could not be done."""
+    args = parser("verify", "Check an artifact's files, graphs and weights, and its numbers against the float64 oracle.")
+    args.add_argument("artifact", metavar="ARTIFACT", type=Path, help="a folder written by `archwright build`")
+    add_output_format(args, ("text", "json"))
+    chosen = args.parse_args(arguments)
+    from archwright.runtime.verification import verify as verify_artifact  # after parsing, so that --help is quick
+
+    report = verify_artifact(chosen.artifact, lambda message: print(f"verify: {message}", file=sys.stderr, flush=True))
+    print(json.dumps(report.as_json(), indent=2) if chosen.output_format == "json" else report.as_text())
+    for problem in report.problems():
+        print(f"{chosen.artifact}: {problem}", file=sys.stderr)
+    return 0 if report.ok else 1
