@@ -52,7 +52,7 @@ class Report:
 
     def _verification(self) -> list[tuple[str, ...]]:
         return [
-            (out, row["check"], "passed" if row["ok"] else "FAILED", row.get("error", ""), row.get("tolerance", ""))
+            (out, row["name"], row["result"], _number(row["error"]), _number(row["tolerance"]))
             for out, result in self.verified.items()
             for row in result["checks"]
         ]
@@ -63,6 +63,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
         return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
     return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1e}"
 
 
 def _indented(text: str) -> str:

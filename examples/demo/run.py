@@ -97,8 +97,7 @@ class Demo:
 
     def generate(self, model: str, prompt: str, *options: str) -> dict[str, object]:
         arguments = ["generate", model, "--prompt", prompt, "--max-tokens", "48", "--output-format", "json", *options]
-        answers = json.loads(self.run("generate", *arguments))
-        return answers["answers"][0]
+        return json.loads(self.run("generate", *arguments))
 
     def report(self) -> Report:
         """Measure and compare."""
