@@ -4,7 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 from archwright.compiler.ir import Plan
 from tests.parity.cases import Case, Outputs
 
+Record = Callable[[str, object], None]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -65,3 +66,9 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     pair = Ranks(2, tmp_path_factory.mktemp("ranks"))
     yield pair
     pair.close()
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Record:
+    """`record_property`, which refuses to work together with `--junit-xml`."""
+    return lambda name, value: request.node.user_properties.append((name, value))

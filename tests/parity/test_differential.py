@@ -3,7 +3,6 @@
 Tolerances stand in `compiler/tolerances.py`. The largest error of each target is printed at the end of the run.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from archwright.compiler.ir import Degrees
 from archwright.compiler.passes import lower, partition, run_passes
 from archwright.compiler.tolerances import TOLERANCES, largest_error
 from tests.parity.cases import Case, make_case, oracle, oracle_through_cache
-from tests.parity.conftest import Ranks
+from tests.parity.conftest import Ranks, Record
 from tests.parity.strategies import legal_degrees, random_spec
 from tests.parity.targets import compare, run_onnx, run_torch, torch_module
 
@@ -23,11 +22,9 @@ SEEDS = [*range(NUM_QUICK), *(pytest.param(seed, marks=pytest.mark.heavy) for se
 GRADIENT_TOLERANCE = 1e-11
 """Of float64 gradients, relative to the largest entry of each."""
 
-Record = Callable[[str, object], None]
-
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_targets_agree_with_the_oracle(seed: int, tmp_path: Path, ranks: Ranks, record_property: Record) -> None:
+def test_targets_agree_with_the_oracle(seed: int, tmp_path: Path, ranks: Ranks, record: Record) -> None:
     spec = random_spec(seed, tmp_path)
     case = make_case(lower(spec), seed)
     expected = oracle(case)
@@ -45,15 +42,13 @@ def test_targets_agree_with_the_oracle(seed: int, tmp_path: Path, ranks: Ranks, 
         outputs[name, "onnxruntime", "float32"] = run_onnx(case, plan, tmp_path / f"degree{degree}")
     errors = {key: compare(actual, expected) for key, actual in outputs.items()}
     for (name, _, _), error in errors.items():
-        record_property(f"error: {name}", error)
+        record(f"error: {name}", error)
     wrong = {name: error for (name, *key), error in errors.items() if not error <= TOLERANCES[tuple(key)]}
     assert not wrong, f"{wrong} for {spec.model}"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_training_module_agrees_with_one_process(
-    seed: int, tmp_path: Path, ranks: Ranks, record_property: Record
-) -> None:
+def test_training_module_agrees_with_one_process(seed: int, tmp_path: Path, ranks: Ranks, record: Record) -> None:
     """Logits and loss against the oracle, gradients against one process; every rank gathers the same ones."""
     spec = random_spec(seed, tmp_path)
     case = make_case(lower(spec), seed)
@@ -65,8 +60,8 @@ def test_training_module_agrees_with_one_process(
             largest_error(np.array(loss_sum), np.array(expected.loss_sum)),
         )
         worst = max(largest_error(actual[name], gradient) for name, gradient in gradients.items())
-        record_property("error: training module, tensor 2, float64", error)
-        record_property("error: its gradients", worst)
+        record("error: training module, tensor 2, float64", error)
+        record("error: its gradients", worst)
         assert error <= TOLERANCES["torch", "float64"]
         assert actual.keys() == gradients.keys() and worst <= GRADIENT_TOLERANCE
 
