@@ -107,11 +107,12 @@ def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
 def _heads_divide_hidden_size(spec: Spec) -> Iterator[Finding]:
     hidden, attention = spec.model.hidden_size, spec.model.layer.attention
     if attention.head_dim is None and hidden % attention.heads:
+        legal = [heads for heads in _divisors(hidden) if hidden // heads % 2 == 0] or [1]
         yield Finding(
             code="SPEC024", path=_HEADS, others={"model.hidden_size": hidden},
             message=f"`hidden_size` ({hidden}) is not divisible by `heads` ({attention.heads})",
             label=f"{hidden} / {attention.heads} is no whole head_dim, and none is given",
-            help=f"use heads: {_nearest(attention.heads, _divisors(hidden))}, or give head_dim",
+            help=f"use heads: {_nearest(attention.heads, legal)}, or give head_dim",
         )  # fmt: skip
 
 

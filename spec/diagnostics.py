@@ -20,6 +20,7 @@ from archwright.spec.structure import (
     field_names,
     field_shape,
     kind_of,
+    literals_of,
     nearest,
     suggest,
 )
@@ -132,8 +133,10 @@ def _explain_kind(path: Path, kinds: list[str], tree: MapNode) -> Diagnostic:
         example = f"add `kind: {kinds[0]}`" if len(kinds) == 1 else f"kinds: {', '.join(kinds)}"
         return fault(span_of(tree, path[:-1]), "SPEC013", f"`{owner}` needs a `kind`", path=text, help=example)
     help = suggest(_value(found), kinds, list_as="kinds")
-    word = found.value if isinstance(found, ScalarNode) and isinstance(found.value, str) else found_words(found)
-    return fault(found.span, "SPEC013", f"`{owner}` knows no kind `{word}`", path=text, help=help)
+    if isinstance(_value(found), str):
+        return fault(found.span, "SPEC013", f"`{owner}` knows no kind `{_value(found)}`", path=text, help=help)
+    label = f"found {found_words(found)}"
+    return fault(found.span, "SPEC013", f"`{text}` must be the name of a kind", path=text, label=label, help=help)
 
 
 def _explain_value(path: Path, kind: str, shape: Shape, tree: MapNode) -> Diagnostic:
@@ -170,13 +173,12 @@ def _fix(found: Tree | None, shape: Shape) -> str:
     """The nearest legal value, where there is one."""
     value = _value(found)
     types = {choice.annotation for choice in shape.choices}
-    literals = [word for word in describe(shape).removeprefix("one of ").split(", ") if word]
     if isinstance(value, str):
         if bool in types and value.lower() in ("yes", "no", "on", "off", "true", "false"):
             return f"write {'true' if value.lower() in ('yes', 'on', 'true') else 'false'}"
         if types & {int, float} and _is_number(value):
             return "remove the quotes"
-        near = nearest(value, literals) if str not in types else None
+        near = nearest(value, literals_of(shape)) if str not in types else None
         return f"did you mean `{near}`?" if near else ""
     if str in types and value is not None:
         return "put quotes around it"

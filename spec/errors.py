@@ -71,7 +71,10 @@ class SpecError(ArchwrightError):
     """Everything that is wrong with a spec, at once; `diagnostics` is sorted by place and never empty."""
 
     def __init__(self, diagnostics: Sequence[Diagnostic]) -> None:
-        ordered = sorted(set(diagnostics), key=lambda d: (d.file.startswith("--set"), d.file, d.line, d.column, d.code))
+        ordered = sorted(
+            dict.fromkeys(diagnostics),
+            key=lambda d: (d.file.startswith("--set"), d.file, d.line, d.column, d.code, d.path),
+        )
         first = ordered[0]
         super().__init__(first.code, first.message, where=first.where, help=first.help or None)
         self.diagnostics: tuple[Diagnostic, ...] = tuple(ordered)

@@ -150,11 +150,12 @@ class _Override:
             help = suggest(name, legal, list_as="keys here")
             raise self.fault(len(segments) - 1, "is not part of the language", help)
         cls = next(cls for cls in classes if name in cls.model_fields)
-        inner = node.get(name)
+        old = node.entries.get(name)
+        inner = old.value if old else None
         if rest and (inner is None or (isinstance(inner, ScalarNode) and inner.value is None)):
             inner = self._default(cls, name, len(rest))
         laid = self.lay(inner, field_shape(cls, name), rest, value)
-        return merge(node, MapNode(node.span, {name: Entry(self.span, laid)}))
+        return merge(node, MapNode(node.span, {name: Entry(old.key_span if old else self.span, laid)}))
 
     def _lay_item(self, node: ListNode, shape: Shape, segments: list[str], value: Tree) -> ListNode:
         index, *rest = segments

@@ -126,8 +126,8 @@ def suggest(word: object, legal: Iterable[str], *, list_as: str) -> str:
 
 def describe(shape: Shape) -> str:
     """What is required, in words: `a whole number of at least 1`."""
-    literals = [str(value) for choice in shape.choices for value in _literals(choice)]
-    words = [text for choice in shape.choices if not _literals(choice) and (text := _describe_one(choice))]
+    literals = literals_of(shape)
+    words = [text for choice in shape.choices if (text := _describe_one(choice))]
     if shape.classes:
         kinds = shape.kinds
         words.append(f"a mapping with `kind: {' | '.join(kinds)}`" if kinds else "a mapping")
@@ -170,8 +170,10 @@ def _bounds(choice: Shape) -> str:
     return " and ".join(words)
 
 
-def _literals(choice: Shape) -> tuple[Any, ...]:
-    return get_args(choice.annotation) if get_origin(choice.annotation) is Literal else ()
+def literals_of(shape: Shape) -> list[str]:
+    """The words that may stand here."""
+    literals = (choice.annotation for choice in shape.choices if get_origin(choice.annotation) is Literal)
+    return [str(value) for literal in literals for value in get_args(literal)]
 
 
 def _flatten(metadata: Iterable[Any]) -> Iterator[Any]:

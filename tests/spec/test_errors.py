@@ -1,6 +1,8 @@
 import pickle
+import re
+from pathlib import Path
 
-from archwright.spec import ArchwrightError, Diagnostic, SpecError
+from archwright.spec import ArchwrightError, Diagnostic, SpecError, errors
 
 
 def test_an_error_reads_as_place_code_message_help():
@@ -31,3 +33,10 @@ def test_a_long_line_is_cut_around_the_caret():
     shown, caret = text.splitlines()[1:]
     assert len(shown) < 140
     assert shown[caret.index("^") : caret.rindex("^") + 1] == "HERE"
+
+
+def test_every_code_has_its_section_and_every_section_its_code():
+    sources = Path(errors.__file__).parent.glob("*.py")
+    codes = {code for path in sources for code in re.findall(r'"(SPEC\d{3})"', path.read_text(encoding="utf-8"))}
+    page = (Path(__file__).resolve().parents[2] / "docs" / "errors.md").read_text(encoding="utf-8")
+    assert codes == set(re.findall(r"^### (SPEC\d{3})$", page, re.MULTILINE))

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from archwright.spec import ArchwrightError, files
 from archwright.spec.files import atomic_folder, atomic_write, sha256_file
 
@@ -77,7 +78,9 @@ def test_what_a_killed_writer_left_is_removed(tmp_path: Path):
 
 def test_the_living_are_left_alone(tmp_path: Path):
     with atomic_folder(tmp_path / "out") as mine:
-        theirs = tmp_path / mine.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-").replace(files._PROCESS, "abcdef01")
+        theirs = tmp_path / mine.name.replace(f"-{os.getpid()}-", f"-{os.getppid()}-").replace(
+            files._PROCESS, "abcdef01"
+        )
         theirs.mkdir()
         with atomic_folder(tmp_path / "out"):
             assert mine.is_dir()

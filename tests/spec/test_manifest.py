@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from archwright.spec import ArchwrightError, load, spec_digest
 from archwright.spec.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
 
@@ -54,7 +55,11 @@ def test_a_path_out_of_the_folder_is_not_followed(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [(None, "no readable manifest"), ("{", "not a manifest"), ('{"format": "archwright", "version": 2}', "not a manifest")],
+    [
+        (None, "no readable manifest"),
+        ("{", "not a manifest"),
+        ('{"format": "archwright", "version": 2}', "not a manifest"),
+    ],
 )
 def test_no_manifest_or_another_one(tmp_path: Path, text: str | None, message: str):
     if text is not None:

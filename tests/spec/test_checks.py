@@ -1,0 +1,133 @@
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from archwright.spec import SpecError, checks, load
+
+ATTENTION = "model.layer.attention"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Overrides of preset tiny that break one rule, and the fix that its help proposes."""
+
+    code: str
+    overrides: dict[str, Any]
+    fix: dict[str, Any]
+
+
+LLAMA3 = {"kind": "llama3"}
+CASES: dict[str, Case] = {
+    "kv_heads_divide_heads": Case("SPEC020", {f"{ATTENTION}.kv_heads": 3}, {f"{ATTENTION}.kv_heads": 2}),
+    "tensor_splits_heads": Case(
+        "SPEC021",
+        {f"{ATTENTION}.heads": 2, "parallel.tensor": 4, f"{ATTENTION}.kv_heads": 1},
+        {"parallel.tensor": 2},
+    ),
+    "build_tensor_splits_heads": Case(
+        "SPEC021", {f"{ATTENTION}.heads": 2, "build.parallel.tensor": 4}, {"build.parallel.tensor": 2}
+    ),
+    "tensor_splits_kv_heads": Case(
+        "SPEC022",
+        {f"{ATTENTION}.heads": 12, f"{ATTENTION}.kv_heads": 3, f"{ATTENTION}.head_dim": 8, "parallel.tensor": 4},
+        {"parallel.tensor": 1},
+    ),
+    "tensor_splits_ffn": Case(
+        "SPEC023", {"model.layer.ffn.hidden_size": 174, "parallel.tensor": 4}, {"model.layer.ffn.hidden_size": 176}
+    ),
+    "heads_divide_hidden_size": Case(
+        "SPEC024", {"model.hidden_size": 66}, {f"{ATTENTION}.heads": 2, f"{ATTENTION}.head_dim": 16}
+    ),
+    "head_dim_is_even": Case("SPEC025", {f"{ATTENTION}.head_dim": 15}, {f"{ATTENTION}.head_dim": 16}),
+    "default_head_dim_is_even": Case("SPEC025", {"model.hidden_size": 60}, {f"{ATTENTION}.head_dim": 16}),
+    "supported_tensor_degree": Case(
+        "SPEC026", {f"{ATTENTION}.heads": 8, f"{ATTENTION}.kv_heads": 8, "parallel.tensor": 8}, {"parallel.tensor": 4}
+    ),
+    "supported_build_degree": Case(
+        "SPEC026", {f"{ATTENTION}.heads": 8, "build.parallel.tensor": 8}, {"build.parallel.tensor": 4}
+    ),
+    "supported_pipeline": Case("SPEC027", {"parallel.pipeline": 2}, {"parallel.pipeline": 1}),
+    "supported_context": Case("SPEC027", {"parallel.context": 2}, {"parallel.context": 1}),
+    "supported_expert": Case("SPEC027", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
+    "supported_data_shard": Case("SPEC027", {"parallel.data_shard": 2}, {"parallel.data_shard": "auto"}),
+    "supported_sequence": Case("SPEC027", {"parallel.sequence": True}, {"parallel.sequence": False}),
+    "sequence_fits_positions": Case("SPEC030", {"train.sequence_length": 513}, {"train.sequence_length": 512}),
+    "micro_batches_divide_batch": Case("SPEC031", {"train.micro_batches": 3}, {"train.batch_size": 9}),
+    "warmup_fits_steps": Case("SPEC032", {"train.steps": 4}, {"train.schedule.warmup_steps": 1}),
+    "tokens_fit_vocabulary": Case("SPEC033", {"tokenizer.vocab_size": 513}, {"tokenizer.vocab_size": 512}),
+    "cache_fits_positions": Case("SPEC034", {"build.max_positions": 513}, {"build.max_positions": 512}),
+    "ranges_are_ordered": Case(
+        "SPEC035",
+        {"build.profiles": [{name: {"min": 1, "opt": 4, "max": 2} for name in ("batch", "sequence", "positions")}]},
+        {"build.profiles": [{name: {"min": 1, "opt": 2, "max": 4} for name in ("batch", "sequence", "positions")}]},
+    ),
+    "ranges_fit_limits": Case(
+        "SPEC036",
+        {"build.profiles": [{name: {"min": 1, "opt": 4, "max": 257} for name in ("batch", "sequence", "positions")}]},
+        {"build.profiles": [{name: {"min": 1, "opt": 4, "max": 4} for name in ("batch", "sequence", "positions")}]},
+    ),
+    "ranges_fit_the_model": Case(
+        "SPEC036",
+        {
+            "build.max_positions": None,
+            "build.profiles": [{name: {"min": 1, "opt": 1, "max": 4} for name in ("batch", "sequence", "positions")}],
+            "build.profiles[0].positions.max": 513,
+        },
+        {"build.profiles[0].positions.max": 512},
+    ),
+    "rope_ramp": Case(
+        "SPEC037",
+        {f"{ATTENTION}.position.scaling": {**LLAMA3, "low_frequency_factor": 4}},
+        {f"{ATTENTION}.position.scaling.low_frequency_factor": 1},
+    ),
+    "rope_factor": Case(
+        "SPEC037",
+        {f"{ATTENTION}.position.scaling": {**LLAMA3, "factor": 0.5}},
+        {f"{ATTENTION}.position.scaling.factor": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule(name: str, golden: Callable[[str, str], None]):
+    case = CASES[name]
+    with pytest.raises(SpecError) as error:
+        load("preset:tiny", case.overrides)
+    assert {diagnostic.code for diagnostic in error.value.diagnostics} == {case.code}
+    assert all(diagnostic.help and diagnostic.label and diagnostic.path for diagnostic in error.value.diagnostics)
+    golden(f"{case.code}_{name}.txt", f"{error.value}\n")
+    load("preset:tiny", {**case.overrides, **case.fix})
+
+
+def test_every_rule_has_a_case():
+    written = set(re.findall(r"SPEC\d{3}", Path(checks.__file__).read_text()))
+    assert written == {case.code for case in CASES.values()}
+
+
+def test_the_place_is_the_value_and_the_note_says_where_the_other_is(folder: Path):
+    Path("base.yaml").write_text("version: 1\nname: base\nextends: preset:tiny\nparallel: {tensor: 4}\n")
+    Path("wide.yaml").write_text(
+        "version: 1\nname: wide\nextends: base.yaml\nmodel: {layer: {attention: {kind: gqa, heads: 6, kv_heads: 2}}}\n"
+    )
+    with pytest.raises(SpecError) as error:
+        load("wide.yaml", {"model.hidden_size": 96})
+    (diagnostic,) = error.value.diagnostics
+    assert (diagnostic.code, diagnostic.where) == ("SPEC021", "wide.yaml:4:47")
+    assert diagnostic.notes == ("`parallel.tensor` is 4, set at base.yaml:4:20",)
+
+
+def test_a_value_by_default_is_shown_at_its_section():
+    with pytest.raises(SpecError) as error:
+        load("preset:tiny", {"train": {"kind": "sft"}, "model.max_positions": 256})
+    (diagnostic,) = error.value.diagnostics
+    assert (diagnostic.code, diagnostic.path) == ("SPEC030", "train.sequence_length")
+    assert diagnostic.where == "preset:tiny:38:1"
+
+
+def test_large_sizes_are_judged_quickly():
+    with pytest.raises(SpecError, match="SPEC024"):
+        load("preset:tiny", {"model.hidden_size": 2**62 + 1, f"{ATTENTION}.heads": 10**6, f"{ATTENTION}.kv_heads": 1})
