@@ -13,8 +13,8 @@ LAYERS = 2
 def reduced(spec: Spec) -> Spec:
     """`spec` with two layers, hidden size ≤ 512, vocabulary ≤ 1,024, feed-forward ≤ 1,024 and ≤ 1,024 positions.
 
-    Kept are the width of a head, the query heads to each key/value head, and how key/value heads meet the tensor degree of
-    `build`: split (one to each rank is enough) or replicated (all of them are needed).
+    Kept are the width of a head, the query heads to each key/value head, and how key/value heads meet the tensor
+    degree of `build`: split (one to each rank is enough) or replicated (all of them are needed).
     """
     model, attention = spec.model, spec.model.layer.attention
     degree = spec.build.parallel.tensor

@@ -1,4 +1,6 @@
-"""A run, a model folder or a spec → an artifact folder: graphs, weights, tokenizer, manifest; complete and verified, or absent."""
+"""A run, a model folder or a spec → an artifact folder: graphs, weights, tokenizer, manifest; complete and verified,
+or absent.
+"""
 
 import importlib.metadata
 import shutil
@@ -51,8 +53,8 @@ def build(
     source: a run (its newest checkpoint), a model folder, or a spec file or preset with build.weights.kind=generated.
     to: onnx, or engine for TensorRT engines beside the graphs. overrides: of the spec's `build` section.
     Graphs and weights of equal inputs are byte-equal.
-    Raises ArchwrightError BUILD001 to BUILD006 where it cannot be built, VERIFY010 where a check fails; then, and where it is
-    interrupted, there is no `out`.
+    Raises ArchwrightError BUILD001 to BUILD006 where it cannot be built, VERIFY010 where a check fails; then, and
+    where it is interrupted, there is no `out`.
     """
     out = Path(out)
     if to not in ("onnx", "engine"):

@@ -19,8 +19,9 @@ FinishReason = Literal["stop", "length", "capacity"]
 class Options:
     """What ends an answer and how its tokens are chosen.
 
-    stop_ids: tokens that end it; they are not part of the answer. stop: strings that end it; they and what follows are not
-    part of its text. token_limit: only ids below it are chosen (the tokenizer may have fewer than the model's vocabulary).
+    stop_ids: tokens that end it; they are not part of the answer. stop: strings that end it; they and what follows
+    are not part of its text. token_limit: only ids below it are chosen (the tokenizer may have fewer than the model's
+    vocabulary).
     """
 
     max_tokens: int
@@ -47,9 +48,9 @@ class Timings:
 class Answer:
     """What the model says to one prompt.
 
-    text: complete, without stop strings; empty without a tokenizer. tokens: the ids chosen, up to the one that completed a
-    stop string, without a stop token. finish_reason: stop (a stop token or string), length (max_tokens), capacity (the
-    cache is full).
+    text: complete, without stop strings; empty without a tokenizer. tokens: the ids chosen, up to the one that
+    completed a stop string, without a stop token. finish_reason: stop (a stop token or string), length (max_tokens),
+    capacity (the cache is full).
     """
 
     text: str
@@ -61,7 +62,9 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """New text of the answer to prompt `index`; with `answer` it is the last piece. Joined pieces are the answer's text."""
+    """New text of the answer to prompt `index`; with `answer` it is the last piece. Joined pieces are the answer's
+    text.
+    """
 
     index: int
     text: str

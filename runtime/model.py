@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from archwright.compiler.weights.folder import ModelFolder, open_folder
+from archwright.compiler.weights.folder import open_folder
 from archwright.runtime.artifact import is_artifact, open_artifact
 from archwright.runtime.backends import AnyBackend, open_backend
 from archwright.runtime.generation import Answer, Options, Piece, stream_answers
@@ -88,21 +88,23 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Pieces of the answers as they are made; each piece's text is whole characters and never part of a stop string.
+        """Pieces of the answers as they are made; each piece's text is whole characters and never part of a stop
+        string.
 
-        prompts: a text, a list of token ids, or a list of either. A text is encoded after the begin-of-text token, where the
-        tokenizer has one; ids are taken as they are. temperature, top_k, top_p: see `Sampling`. seed: None draws one;
-        an answer depends on the seed and its own prompt, not on its neighbours. stop: strings that end an answer.
-        Raises ArchwrightError RUN020 and RUN030 to RUN034, before anything is computed.
+        prompts: a text, a list of token ids, or a list of either. A text is encoded after the begin-of-text token,
+        where the tokenizer has one; ids are taken as they are. temperature, top_k, top_p: see `Sampling`. seed: None
+        draws one; an answer depends on the seed and its own prompt, not on its neighbours. stop: strings that end an
+        answer. Raises ArchwrightError RUN020 and RUN030 to RUN034, before anything is computed.
         """
         encoded = [self._encode(prompt) for prompt in _as_list(prompts)]
+        limits = [self.backend.vocab_size, *([self.tokenizer.vocab_size] if self.tokenizer else [])]
         options = Options(
             max_tokens=_positive("max_tokens", max_tokens),
             sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
             seed=secrets.randbits(64) if seed is None else _seed(seed),
             stop=self._stops(stop),
             stop_ids=self.tokenizer.stop_ids if self.tokenizer else frozenset(),
-            token_limit=min(self.backend.vocab_size, self.tokenizer.vocab_size) if self.tokenizer else self.backend.vocab_size,
+            token_limit=min(limits),
         )
         return stream_answers(self.backend, self.tokenizer, encoded, options)
 
@@ -114,8 +116,9 @@ class Model:
             try:
                 ids = [operator.index(item) for item in prompt]
             except TypeError as error:
+                message = f"a prompt is neither a text nor token ids: {error}"
                 help = "give texts, lists of integers, or a list of either"
-                raise ArchwrightError("RUN030", f"a prompt is neither a text nor token ids: {error}", help=help) from error
+                raise ArchwrightError("RUN030", message, help=help) from error
         self._check_prompt(ids)
         return ids
 
@@ -137,7 +140,8 @@ class Model:
     def _stops(self, stop: str | Sequence[str]) -> tuple[str, ...]:
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         if any(not isinstance(item, str) or not item for item in stops):
-            raise ArchwrightError("RUN031", "a stop string is empty or not a text", help="give texts of one character or more")
+            help = "give texts of one character or more"
+            raise ArchwrightError("RUN031", "a stop string is empty or not a text", help=help)
         if stops:
             self._need_tokenizer("a stop string")
         return stops
@@ -153,9 +157,7 @@ class Model:
         return self.tokenizer
 
 
-def open_model(
-    path: str | Path, backend: str = "auto", device: str = "auto", *, precision: str = "auto"
-) -> Model:
+def open_model(path: str | Path, backend: str = "auto", device: str = "auto", *, precision: str = "auto") -> Model:
     """Open a run (its newest checkpoint), a model folder, or an artifact.
 
     backend: auto | torch (runs and model folders) | onnxruntime (artifacts). device: auto | cpu | cuda | cuda:N.
@@ -197,5 +199,6 @@ def _positive(name: str, value: object) -> int:
 
 def _seed(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
-        raise ArchwrightError("RUN031", f"seed is {value!r}", help="seed must be an integer ≥ 0; leave it out to draw one")
+        help = "seed must be an integer ≥ 0; leave it out to draw one"
+        raise ArchwrightError("RUN031", f"seed is {value!r}", help=help)
     return int(value)

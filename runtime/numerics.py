@@ -1,4 +1,6 @@
-"""What the graphs compute, against the float64 oracle. B batch, S sequence, T = prompt and decoded tokens, V vocabulary."""
+"""What the graphs compute, against the float64 oracle. B batch, S sequence, T = prompt and decoded tokens, V
+vocabulary.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,11 +38,12 @@ class Comparison:
 
 
 def compare(backend: AnyBackend, program: Program, weights: Weights) -> Iterator[Comparison]:
-    """Run a back end and the oracle on the same tokens: whole sequences; prefill and decode steps at uneven lengths in one
-    batch; and the last rows of the cache, where positions are longest and a write one row too far would be lost.
+    """Run a back end and the oracle on the same tokens: whole sequences; prefill and decode steps at uneven lengths
+    in one batch; and the last rows of the cache, where positions are longest and a write one row too far would be
+    lost.
 
-    The oracle computes whole sequences without a cache, so it shares no cache logic with what it judges. The graphs compute
-    in float32 whatever their weights are (`targets.retype`), so one tolerance serves every precision.
+    The oracle computes whole sequences without a cache, so it shares no cache logic with what it judges. The graphs
+    compute in float32 whatever their weights are (`targets.retype`), so one tolerance serves every precision.
     """
     tolerance = TOLERANCES["onnxruntime", "float32"]
     arrays = {name: weights.read(name) for name in program.params()}

@@ -52,9 +52,13 @@ class RankWeights:
         self.params = plan.program.params()
         self.ranks = plan.degrees.world
         local = plan.local.params()
-        degrees = {"tensor": plan.degrees.tensor}
-        layout = emit_graph(plan.local, precision=artifact.precision, capacity=artifact.capacity, degrees=degrees).layout
-        stored = {p.external.source: p for p in layout if isinstance(p.external.source, str)}
+        emitted = emit_graph(
+            plan.local,
+            precision=artifact.precision,
+            capacity=artifact.capacity,
+            degrees={"tensor": plan.degrees.tensor},
+        )
+        stored = {p.external.source: p for p in emitted.layout if isinstance(p.external.source, str)}
         self._places: list[dict[str, _Place]] = []
         for graph in artifact.graphs:
             tensors = {t.name: t for t in onnx.load(graph, load_external_data=False).graph.initializer}

@@ -16,9 +16,9 @@ Logits = NDArray[np.float32]
 class Sampling:
     """How the next token is chosen.
 
-    temperature: 0 is greedy (the most likely token, the lowest id of equals); otherwise p = softmax(logits / temperature).
-    top_k: only the k most likely tokens. top_p: of what is left, renormalised, the fewest tokens whose probabilities sum
-    to at least top_p (Holtzman et al. 2020). Both off when None; equal tokens rank by id.
+    temperature: 0 is greedy (the most likely token, the lowest id of equals); otherwise p = softmax(logits /
+    temperature). top_k: only the k most likely tokens. top_p: of what is left, renormalised, the fewest tokens whose
+    probabilities sum to at least top_p (Holtzman et al. 2020). Both off when None; equal tokens rank by id.
     """
 
     temperature: float = 0.0
@@ -50,8 +50,8 @@ def _illegal(name: str, value: object, rule: str) -> ArchwrightError:
 def random_stream(seed: int, copy: int) -> np.random.Generator:
     """The uniform numbers of one row, one a token, from Philox (Salmon et al. 2011) keyed by (seed, copy).
 
-    copy: how many rows before it have the same prompt. So a row's text depends on its prompt and the seed and not on the
-    rest of the batch, and equal prompts still give different texts.
+    copy: how many rows before it have the same prompt. So a row's text depends on its prompt and the seed and not on
+    the rest of the batch, and equal prompts still give different texts.
     """
     entropy = np.random.SeedSequence(operator.index(seed), spawn_key=(copy,))
     return np.random.Generator(np.random.Philox(entropy))

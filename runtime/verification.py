@@ -1,9 +1,9 @@
 """Whether an artifact is what was built, and computes what its spec says.
 
-The numbers of an artifact up to LARGE parameters are checked with its own weights: the oracle reads them back from the ranks'
-data files, so the artifact proves itself, and `build` adds that they are the model's, rounded once. Above that the
-oracle would take hours; then the same spec is built in small (`compiler.reduced`) and checked, and rows of the real
-weights are sampled.
+The numbers of an artifact up to LARGE parameters are checked with its own weights: the oracle reads them back from
+the ranks' data files, so the artifact proves itself, and `build` adds that they are the model's, rounded once. Above
+that the oracle would take hours; then the same spec is built in small (`compiler.reduced`) and checked, and rows of
+the real weights are sampled.
 """
 
 import json
@@ -29,7 +29,9 @@ from archwright.spec import ArchwrightError, Spec, load, spec_digest
 from archwright.spec.manifest import MANIFEST, Manifest, check_manifest
 
 LARGE = 1 << 26
-"""Parameters above which the numbers are those of the reduced spec: the oracle's arrays would take half a GiB and more."""
+"""Parameters above which the numbers are those of the reduced spec: the oracle's arrays would take half a GiB and
+more.
+"""
 
 Result = Literal["ok", "failed", "not done"]
 Progress = Callable[[str], None]

@@ -9,7 +9,7 @@ from archwright.spec.cli import add_output_format, parser
 
 def verify(arguments: list[str]) -> int:
     """Prints what the checks of an artifact found; exit status 1 when one failed or could not be done."""
-    args = parser("verify", "Check an artifact's files, graphs and weights, and its numbers against the float64 oracle.")
+    args = parser("verify", "Check an artifact: files, graphs, weights, and its numbers against the float64 oracle.")
     args.add_argument("artifact", metavar="ARTIFACT", type=Path, help="a folder written by `archwright build`")
     add_output_format(args, ("text", "json"))
     chosen = args.parse_args(arguments)

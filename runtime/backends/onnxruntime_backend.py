@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx
 
 from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.retype import as_float32
@@ -109,7 +108,9 @@ def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRun
 
 
 def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | None = None) -> OnnxRuntimeBackend:
-    """Open the rank graphs in `folder`: one float32 rank as the file itself, anything else as one joined float32 graph."""
+    """Open the rank graphs in `folder`: one float32 rank as the file itself, anything else as one joined float32
+    graph.
+    """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
@@ -125,14 +126,6 @@ def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | No
     try:
         session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own classes, which derive from Exception alone
-        help = "`archwright verify` says which file is wrong"
-        raise ArchwrightError("RUN016", f"ONNX Runtime refuses the graph: {error}", where=str(folder), help=help) from error
+        message, help = f"ONNX Runtime refuses the graph: {error}", "`archwright verify` says which file is wrong"
+        raise ArchwrightError("RUN016", message, where=str(folder), help=help) from error
     return OnnxRuntimeBackend(session, max_batch=max_batch, description=title)
-
-
-def external_locations(graph: Path) -> set[str]:
-    """Paths of the external data that a graph names, as it names them."""
-    model = onnx.load(graph, load_external_data=False)
-    return {
-        entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"
-    }

@@ -44,8 +44,9 @@ class TorchBackend(Backend[Cache]):
 def open_torch(folder: ModelFolder, device: str, precision: str) -> TorchBackend:
     """Load the weights of a model folder or checkpoint.
 
-    device: auto | cpu | cuda | cuda:N. precision: auto | float64 | float32 | bfloat16 | float16; auto is the precision of
-    the weights on a GPU, and float32 on a CPU, where narrower types are slower. Raises ArchwrightError RUN021.
+    device: auto | cpu | cuda | cuda:N. precision: auto | float64 | float32 | bfloat16 | float16; auto is the
+    precision of the weights on a GPU, and float32 on a CPU, where narrower types are slower. Raises ArchwrightError
+    RUN021.
     """
     place = _device(device)
     if precision == "auto":

@@ -11,6 +11,7 @@ import sentencepiece
 from archwright.compiler.passes import lower
 from archwright.compiler.weights.folder import weight_tensors, write_model_folder
 from archwright.compiler.weights.streaming import GeneratedWeights
+from archwright.runtime import build
 from archwright.runtime.text.chat import TURN_BEGIN, TURN_END
 from archwright.spec import load
 
@@ -70,7 +71,11 @@ def write_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
     """Make a model folder with initial weights."""
 
     def write(
-        overrides: Mapping[str, object] | None = None, *, seed: int = 0, precision: str = "float32", tokenizer: bool = True
+        overrides: Mapping[str, object] | None = None,
+        *,
+        seed: int = 0,
+        precision: str = "float32",
+        tokenizer: bool = True,
     ) -> Path:
         folder = tmp_path_factory.mktemp("models")
         (folder / "small.yaml").write_text(SPEC)
@@ -87,3 +92,27 @@ def write_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path
 @pytest.fixture(scope="session")
 def model_folder(write_model: Callable[..., Path]) -> Path:
     return write_model()
+
+
+@pytest.fixture(scope="session")
+def build_artifact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Build a model folder into an artifact."""
+
+    def build_one(model: Path, overrides: Mapping[str, object] | None = None) -> Path:
+        out = tmp_path_factory.mktemp("artifacts") / "artifact"
+        assert build(model, out, overrides=overrides or {}).ok
+        return out
+
+    return build_one
+
+
+@pytest.fixture(scope="session")
+def artifact(build_artifact: Callable[..., Path], model_folder: Path) -> Path:
+    """One rank, float32. Shared: copy it before changing it."""
+    return build_artifact(model_folder)
+
+
+@pytest.fixture(scope="session")
+def two_ranks(build_artifact: Callable[..., Path], model_folder: Path) -> Path:
+    """The same model on two ranks. Shared: copy it before changing it."""
+    return build_artifact(model_folder, {"build.parallel.tensor": 2})
