@@ -5,6 +5,9 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = 64 << 20
+"""Of the logits that exist at a time."""
+CPU_CHUNK_BYTES = 4 << 20
+"""The same on a CPU: what stays in its cache."""
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -22,7 +25,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=wide, device=x_TD.device)
         grad_x_TD = torch.empty_like(x_TD) if need_x else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if need_weight else None
-        chunk = max(1, CHUNK_BYTES // (weight_VD.shape[0] * wide.itemsize))
+        chunk_bytes = CPU_CHUNK_BYTES if x_TD.device.type == "cpu" else CHUNK_BYTES
+        chunk = max(1, chunk_bytes // (weight_VD.shape[0] * wide.itemsize))
         for start in range(0, x_TD.shape[0], chunk):
             part = slice(start, start + chunk)
             x_tD, targets_t = x_TD[part], targets_T[part]
@@ -34,7 +38,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 continue
             grad_tV = log_probability_tV.exp_()
             grad_tV.scatter_add_(1, picked_t1, grad_tV.new_full((), -1.0).expand(picked_t1.shape))
-            grad_tV = (grad_tV * valid_t1).to(x_TD.dtype)
+            grad_tV = grad_tV.mul_(valid_t1).to(x_TD.dtype)
             if grad_x_TD is not None:
                 grad_x_TD[part] = grad_tV @ matrix_VD
             if grad_weight_VD is not None:

@@ -121,7 +121,7 @@ def make_step(
     """The step of a forward over ids [B, S]: positions 0..S-1 by default; with a cache, its first `visible` rows."""
     device = ids_BS.device
     if positions_BS is None:
-        positions_BS = torch.arange(ids_BS.shape[1], device=device).expand(ids_BS.shape)
+        positions_BS = torch.arange(ids_BS.shape[1], device=device)[None]  # one row that serves the whole batch
     kv_positions_L = None if visible is None else torch.arange(visible, device=device)
     return TorchStep(
         positions_BS=positions_BS,
