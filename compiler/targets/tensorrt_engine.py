@@ -84,13 +84,13 @@ def build_engine(
 
     library: `tensorrt` or `tensorrt_rtx`; the one that is installed by default.
     Raises ArchwrightError BUILD001 without TensorRT, BUILD030 where it cannot parse the graph, BUILD031 where the
-    parsed network is not what the graph says, BUILD032 where it cannot build.
+    parsed network is not what the graph says, BUILD032 where it cannot build, BUILD033 where it does not start.
     """
     trt = load_tensorrt() if library is None else library
     start = time.monotonic()
     logger = _logger(trt)
     logger.messages.clear()
-    builder = trt.Builder(logger)
+    builder = _builder(trt, logger)
     network = parse_graph(trt, builder, graph)
     model = onnx.load(graph, load_external_data=False)
     if problems := check_network(network, model.graph):
@@ -112,6 +112,15 @@ def build_engine(
         seconds=time.monotonic() - start,
         num_bytes=content.nbytes,
     )
+
+
+def _builder(trt: ModuleType, logger: Any) -> Any:
+    try:
+        return trt.Builder(logger)
+    except (TypeError, RuntimeError) as error:  # the bindings' way of saying that the library gave no object
+        reasons = "; ".join(logger.messages) or str(error)
+        help = "TensorRT needs a GPU and its driver to build; TensorRT for RTX (archwright[tensorrt-rtx]) needs neither"
+        raise ArchwrightError("BUILD033", f"{tensorrt_title(trt)} does not start: {reasons}", help=help) from error
 
 
 @cache
@@ -174,7 +183,7 @@ def check_network(network: Any, graph: onnx.GraphProto) -> list[str]:
     used = _used(network, outputs)
     for kind, values, tensors in (("input", graph.input, inputs), ("output", graph.output, outputs)):
         for value in values:
-            expected = TYPES[value.type.tensor_type.elem_type]
+            expected = TYPES.get(value.type.tensor_type.elem_type, "another type than our graphs have")
             if value.name not in tensors:
                 problems.append(f"{kind} `{value.name}` is not in the network")
             elif (found := tensors[value.name].dtype.name) != expected:
