@@ -15,7 +15,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
     source: a model folder or a run, or a spec whose `build.weights` are generated. Precision, degrees and cache length
     are those of the `build` section. Nothing is run or verified; `archwright build` does that. Needs no torch.
     write_weights: False writes the graphs alone.
-    Raises ArchwrightError BUILD011 where a spec has weights to come from a model, and what opening a folder raises.
+    Raises ArchwrightError BUILD006 where a spec has weights to come from a model, and what opening a folder raises.
     """
     weights: Weights | None = None
     if isinstance(source, Spec):
@@ -28,7 +28,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         weights = GeneratedWeights(params=plan.program.params(), seed=spec.build.weights.seed)
     elif weights is None and write_weights:
         help = "give a model folder or a run, or set build.weights to {kind: generated}"
-        raise ArchwrightError("BUILD011", "a spec alone has no weights to export", help=help)
+        raise ArchwrightError("BUILD006", "a spec has no weights", help=help)
     return onnx_graph.export_graphs(
         plan,
         weights if write_weights else None,

@@ -51,7 +51,7 @@ def test_every_rank_graph_parses_and_builds(trt, make_spec, export, tensor, prec
 
 @pytest.mark.parametrize(("precision", "head_dim"), [("float32", 64), ("float16", 20), ("bfloat16", 128)])
 def test_head_sizes_without_a_fused_kernel_build_too(trt, make_spec, export, precision, head_dim):
-    """Two layers: TensorRT for RTX 1.7.1 fails inside its compiler on a model of one layer with heads of 20 × 16 bits."""
+    """With two layers: on one layer with float16 heads of 20 the compiler of TensorRT for RTX 1.7.1 fails."""
     model = export(make_spec(head_dim=head_dim), precision=precision)
     assert build_engine(model.graph, profiles(model.capacity), Engine(), library=trt).num_bytes > 0
 
