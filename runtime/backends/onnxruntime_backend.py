@@ -75,12 +75,11 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
 
     def forward(self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int) -> Logits:
         binding = cache.binding
-        visible = min(self.capacity, -(-visible // BUCKET) * BUCKET)
         feeds = {
             "input_ids": ids_BS,
             "position_ids": positions_BS,
             "write_index": write_index_B,
-            "kv_positions": np.arange(visible),
+            "kv_positions": np.arange(bucketed(visible, self.capacity)),
         }
         for name, array in feeds.items():
             binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
@@ -91,6 +90,11 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             binding.bind_ortvalue_output(name.replace("past.", "present."), value)
         self._session.run_with_iobinding(binding)
         return binding.get_outputs()[0].numpy()
+
+
+def bucketed(visible: int, capacity: int) -> int:
+    """L: the cache rows that a step is handed, at least the visible ones."""
+    return min(capacity, -(-visible // BUCKET) * BUCKET)
 
 
 def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRuntimeBackend:

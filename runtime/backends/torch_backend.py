@@ -46,9 +46,12 @@ def open_torch(folder: ModelFolder, device: str, precision: str) -> TorchBackend
 
     device: auto | cpu | cuda | cuda:N. precision: auto | float64 | float32 | bfloat16 | float16; auto is the
     precision of the weights on a GPU, and float32 on a CPU, where narrower types are slower. Raises ArchwrightError
-    RUN021.
+    RUN021 or RUN022.
     """
     place = _device(device)
+    if precision not in ("auto", *DTYPES):
+        help = f"use auto, {', '.join(DTYPES)}"
+        raise ArchwrightError("RUN022", f"there is no precision `{precision}`", help=help)
     if precision == "auto":
         stored = str(folder.weights.read(next(iter(folder.program.params()))).dtype)
         precision = stored if place.type == "cuda" and stored in DTYPES else "float32"
