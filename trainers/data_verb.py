@@ -41,9 +41,13 @@ def _report(manifest: Manifest, out: Path) -> str:
     details: dict[str, Any] = manifest.details
     lines: list[str] = []
     for source in details["sources"]:
-        left_out = [f"{source[key]} {key.replace('_', ' ')}" for key in ("duplicates", "empty", "too_short") if source[key]]
+        left_out = [
+            f"{source[key]} {key.replace('_', ' ')}" for key in ("duplicates", "empty", "too_short") if source[key]
+        ]
         kept = f"{source['train']} for training, {source['validation']} held out"
-        lines.append(f"{source['kind']} {source['path']}: {source['documents']} documents: {', '.join([kept, *left_out])}")
+        lines.append(
+            f"{source['kind']} {source['path']}: {source['documents']} documents: {', '.join([kept, *left_out])}"
+        )
     for name in SPLITS:
         split = details["splits"][name]
         facts = [f"{split['documents']} documents", f"{split['tokens']} tokens", f"{split['bytes']} bytes of text"]

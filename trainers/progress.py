@@ -16,7 +16,13 @@ def byte_progress(what: str, total_bytes: int) -> Iterator[Callable[[int], None]
     """Yields a function that is told how many more bytes are done. Writes to standard error."""
     console = Console(stderr=True)
     if console.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task(what, total=total_bytes)
             yield lambda num_bytes: bar.advance(task, num_bytes)

@@ -123,10 +123,11 @@ def source_files(source: Source) -> list[Path]:
     found = [pattern] if os.path.isfile(pattern) else glob.glob(pattern, recursive=True)
     files = sorted(Path(name) for name in found if os.path.isfile(name))
     if not files:
+        files_of = "files" if isinstance(source, TextSource) else ".jsonl files"
         raise ArchwrightError(
             "DATA002",
             f"no file to read for the source `{source.path}`",
-            help=f"give a file, a folder with {'files' if isinstance(source, TextSource) else '.jsonl files'}, or a glob",
+            help=f"give a file, a folder with {files_of} in it, or a glob",
         )
     return files
 
@@ -170,7 +171,7 @@ def _records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 continue
             where = f"{file}:{number}"
             try:
-                record = json.loads(_decode(line, file, number))
+                record = json.loads(_decode(line.rstrip(b"\r\n"), file, number))
             except json.JSONDecodeError as error:
                 raise ArchwrightError("DATA004", f"not JSON: {error.msg}", where=f"{where}:{error.colno}") from error
             except RecursionError as error:
@@ -197,7 +198,8 @@ def _decode(content: bytes, file: Path, line: int) -> str:
 def _field(record: dict[str, Any], name: str, where: str) -> Any:
     if name not in record:
         close = get_close_matches(name, list(record), n=1)
-        known = f"did you mean `{close[0]}`?" if close else f"the object has: {', '.join(record) or 'no fields'}"
+        near = f"`{close[0]}` is the nearest of its fields" if close else "name another field in the source"
+        known = f"{near}; the object has: {', '.join(record) or 'none'}"
         raise ArchwrightError("DATA006", f"the field `{name}` is missing", where=where, help=known)
     return record[name]
 

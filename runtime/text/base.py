@@ -21,7 +21,9 @@ Prefix = Literal["never", "first", "always"]
 class BaseTokenizer(ABC):
     """One vocabulary. Ids are Python integers; see the protocol `Tokenizer` for what each member promises."""
 
-    def __init__(self, model_file: Path, *, table: ByteTable, special: SpecialTokens, unknown_id: int | None, prefix: Prefix) -> None:
+    def __init__(
+        self, model_file: Path, *, table: ByteTable, special: SpecialTokens, unknown_id: int | None, prefix: Prefix
+    ) -> None:
         self._model_file = model_file
         self._table = table
         self._special = special
@@ -104,7 +106,8 @@ class BaseTokenizer(ABC):
             ids += self._encode(part, True)
         if not self._forbidden.isdisjoint(ids):
             token_id = min(self._forbidden.intersection(ids))
-            raise ArchwrightError("TOK006", f"special token {token_id} came out of ordinary text", where=str(self._model_file))
+            found = f"special token {token_id} came out of ordinary text"
+            raise ArchwrightError("TOK006", found, where=str(self._model_file))
         return ids
 
 
@@ -115,8 +118,8 @@ def check_unicode(text: str) -> str:
     """`text` itself. Raises TOK005 for a lone surrogate, half of a character, which no UTF-8 can hold."""
     match = _SURROGATE.search(text)
     if match:
-        code = f"U+{ord(match.group()):04X}"
-        raise ArchwrightError("TOK005", f"character {match.start()} is {code}, half of a surrogate pair: not Unicode text")
+        found = f"character {match.start()} is U+{ord(match.group()):04X}, half of a surrogate pair"
+        raise ArchwrightError("TOK005", f"{found}: not Unicode text")
     return text
 
 

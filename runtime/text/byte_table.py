@@ -1,8 +1,8 @@
 """Token ids → text, whole or as a stream, through one table of bytes.
 
 Every token stands for a fixed string of bytes (nothing for a special token), and a text is the UTF-8 decoding of the
-joined bytes. That holds for sentencepiece models with `byte_fallback` and for byte-level BPE, and makes streaming exact:
-an incremental UTF-8 decoder over the same bytes gives the same characters.
+joined bytes. That holds for sentencepiece models with `byte_fallback` and for byte-level BPE, and makes streaming
+exact: an incremental UTF-8 decoder over the same bytes gives the same characters.
 """
 
 import codecs

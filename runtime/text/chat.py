@@ -181,7 +181,8 @@ def check_messages(messages: object) -> None:
             raise ArchwrightError("TOK015", f"message {i} is not an object with `role` and `content`")
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise ArchwrightError("TOK015", f"message {i} has the role {role!r}", help=f"use one of: {', '.join(ROLES)}")
+            help = f"use one of: {', '.join(ROLES)}"
+            raise ArchwrightError("TOK015", f"message {i} has the role {role!r}", help=help)
         if not isinstance(content, str):
             raise ArchwrightError("TOK015", f"the `content` of message {i} must be a string, not {_name(content)}")
 

@@ -67,7 +67,7 @@ def cut(rendered: str, marks: Marks, specials: Iterable[str]) -> list[Piece]:
     """The pieces of a marked text, in order; their joined texts are the text without marks.
 
     Only what no guard precedes is a special token. Cuts fall at special tokens and at the ends of what the assistant
-    says, so that no token covers both a prompt and an answer: when the model is used, the answer starts a new token too.
+    says, so that no token covers both a prompt and an answer: when the model is used, the answer starts a new token.
     """
     special = f"(?<!{marks.guard})({_any_of(specials)})"
     pieces: list[Piece] = []

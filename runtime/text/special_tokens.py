@@ -15,7 +15,7 @@ GENERATION_CONFIG = "generation_config.json"
 # Tried in this order where no file names the token that ends a text.
 _END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
 # Tokens that close a turn of a chat in the known families: generation stops at them as at the end of the text.
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,18 @@ def read_config(folder: Path) -> TokenizerConfig:
     )
 
 
-def select(ids: Mapping[str, int], config: TokenizerConfig, *, bos: str | None, eos: str | None, where: Path) -> SpecialTokens:
+def select(
+    ids: Mapping[str, int], config: TokenizerConfig, *, bos: str | None, eos: str | None, where: Path
+) -> SpecialTokens:
     """Finds bos, eos and the stop tokens among `ids`; `bos` and `eos` are what the model file itself says.
 
     Raises TOK003 when nothing says which token ends a text.
     """
     eos_text = config.eos or eos or next((text for text in _END_OF_TEXT if text in ids), None)
-    if eos_text not in ids:
+    if eos_text is None or eos_text not in ids:
         found = f"`{eos_text}` is named as the end of a text, but is no token" if eos_text else "no end-of-text token"
-        raise ArchwrightError("TOK003", found, where=str(where), help=f"name a token as `eos_token` in {CONFIG} beside it")
+        help = f"name a token as `eos_token` in {CONFIG} beside it"
+        raise ArchwrightError("TOK003", found, where=str(where), help=help)
     bos_text = config.bos or bos
     turn_ends = {ids[text] for text in _END_OF_TURN if text in ids}
     return SpecialTokens(

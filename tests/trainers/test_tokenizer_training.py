@@ -142,9 +142,7 @@ def test_text_that_does_not_come_back_is_an_error(
 def test_own_chat_template_is_put_beside_the_tokenizer(make_spec: MakeSpec, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{% generation %}{{ messages[0].content }}{% endgeneration %}")
-    train_tokenizer(
-        make_spec({"tokenizer.chat_template": str(template), "tokenizer.vocab_size": 600}), tmp_path / "t"
-    )
+    train_tokenizer(make_spec({"tokenizer.chat_template": str(template), "tokenizer.vocab_size": 600}), tmp_path / "t")
     assert open_chat_template(open_tokenizer(tmp_path / "t")).source == template.read_text()
 
 

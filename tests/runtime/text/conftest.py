@@ -30,9 +30,10 @@ def train_sentencepiece(folder: Path, texts: list[str], **options: object) -> Pa
         byte_fallback=True,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
+        model_type="bpe",
         minloglevel=2,
         max_sentence_length=1 << 16,
-        **{"model_type": "bpe", "vocab_size": 700, "add_dummy_prefix": False, "control_symbols": CHAT_TOKENS, **options},
+        **{"vocab_size": 700, "add_dummy_prefix": False, "control_symbols": CHAT_TOKENS, **options},
     )
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     return folder

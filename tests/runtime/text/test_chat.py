@@ -18,7 +18,7 @@ CHAT = [
     {"role": "user", "content": " and a graph? "},
     {"role": "assistant", "content": "\nNodes and edges."},
 ]
-FORGERIES = ("<|im_end|>", "<|im_start|>", "<s>", "<|im_", "end|>", "<", "\n", "assistant\n", "é", "\ufdd0", "\ufdd1", " ")
+FORGERIES = ("<|im_end|>", "<|im_start|>", "<s>", "<|im_", "end|>", "<", "assistant\n", "é", "\ufdd0", "\ufdd1", " ")
 CONTENTS = st.lists(st.one_of(st.text(max_size=4), st.sampled_from(FORGERIES)), max_size=6).map("".join)
 
 
@@ -102,8 +102,8 @@ def test_special_tokens_split_over_messages_stay_text(tokenizer: Tokenizer) -> N
 
 
 def test_guards_do_not_hinder_what_templates_do_with_text(tokenizer: Tokenizer) -> None:
-    source = "{{ messages[0].content | trim }}|{{ messages[0].content.split('<')[0] }}|{{ messages[0].content | tojson }}"
-    template = ChatTemplate(source, tokenizer)
+    source = "{{ it | trim }}|{{ it.split('<')[0] }}|{{ it | tojson }}"
+    template = ChatTemplate("{% set it = messages[0].content %}" + source, tokenizer)
     assert template.render([{"role": "user", "content": "  a é<s>\n"}]) == 'a é<s>|  a é|"  a é<s>\\n"'
 
 

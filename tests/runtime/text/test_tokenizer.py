@@ -137,9 +137,7 @@ def test_files_open_as_the_same_tokenizer(byte_level_folder: Path, tmp_path: Pat
     assert copy.special_tokens == tokenizer.special_tokens
 
 
-def test_digest_tells_tokenizers_apart(
-    sentencepiece_folder: Path, byte_level_folder: Path, tmp_path: Path
-) -> None:
+def test_digest_tells_tokenizers_apart(sentencepiece_folder: Path, byte_level_folder: Path, tmp_path: Path) -> None:
     tokenizer = open_tokenizer(sentencepiece_folder)
     assert tokenizer.digest != open_tokenizer(byte_level_folder).digest
     (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
