@@ -8,14 +8,35 @@ from torch import nn
 
 from archwright.compiler.blocks import Rope
 from archwright.compiler.interpreters.torch_ops import TorchOps, TorchStep, make_step
-from archwright.compiler.ir import Block, Program, RopeTable, Segment
+from archwright.compiler.ir import Block, Param, Program, RopeTable, Segment
 
 Cache = Mapping[str, Mapping[str, torch.Tensor]]
 """Path of a block → name of its state → tensor [batch, kv_heads, positions, head_dim]."""
 
 
+class TorchScope:
+    """What a block's `forward` sees of its module: parameters as the values to compute with, children to call."""
+
+    def __init__(self, module: "BlockModule") -> None:
+        self._module = module
+
+    def __call__(self, *args: Any) -> Any:
+        return self._module(*args)
+
+    @property
+    def path(self) -> str:
+        return self._module.path
+
+    @property
+    def cache(self) -> Mapping[str, torch.Tensor]:
+        return self._module.cache
+
+    def __getattr__(self, name: str) -> Any:
+        return self._module.read(name)
+
+
 class BlockModule(nn.Module):
-    """torch's instance of a block: runs `block.forward` with itself as the scope."""
+    """torch's module of a block. Its attributes are the Parameters themselves, as FSDP and others expect of a module."""
 
     def __init__(self, block: Block, ops: TorchOps, path: str) -> None:
         super().__init__()
@@ -28,20 +49,24 @@ class BlockModule(nn.Module):
     def forward(self, x: torch.Tensor, *args: Any) -> Any:
         if self.block.enter is not None:
             x = self.ops.enter(x, self.block.enter)
-        return self.block.forward(self.ops, self, x, *args)
+        return self.block.forward(self.ops, TorchScope(self), x, *args)
 
     def borrow(self, name: str, owner: nn.Module) -> None:
         """Read `name` (a child, or a parameter of that name) from `owner` at each use: a tie that nothing can undo."""
         self._borrowed[name] = (owner,)
 
+    def read(self, name: str) -> Any:
+        """What `m.name` is in the block's forward."""
+        value = getattr(self, name)
+        if isinstance(value, BlockModule):
+            return TorchScope(value)
+        return self.ops.param(value, getattr(self.block, name))
+
     def __getattr__(self, name: str) -> Any:
-        parameters = self.__dict__["_parameters"]
-        if name in parameters:
-            return self.ops.param(parameters[name], getattr(self.block, name))
         borrowed = self.__dict__.get("_borrowed", {})
         if name in borrowed:
             owner = borrowed[name][0]
-            return getattr(owner, name) if name in self.block.params() else owner
+            return getattr(owner, name) if isinstance(getattr(self.block, name), Param) else owner
         return super().__getattr__(name)
 
 

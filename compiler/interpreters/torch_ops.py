@@ -104,6 +104,9 @@ class TorchOps:
 
     def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         targets_T = targets_BS.flatten()
+        if not torch.is_grad_enabled():
+            # An autograd.Function cannot see `no_grad`, and would form gradients that nobody asks for.
+            x_BSD, weight_VD = x_BSD.detach(), weight_VD.detach()
         loss_sum = LinearCrossEntropy.apply(x_BSD.flatten(0, 1), weight_VD, targets_T)
         return loss_sum, (targets_T != -100).sum()
 

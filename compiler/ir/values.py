@@ -45,8 +45,8 @@ class RopeTable:
 
     @property
     def key(self) -> str:
-        """A name for this table, equal for equal tables."""
-        scaling = (
-            "" if self.factor is None else f"_{self.factor:g}_{self.low:g}_{self.high:g}_{self.original_positions}"
-        )
-        return f"rope_{self.head_dim}_{self.theta:g}_{self.max_positions}{scaling}"
+        """A name for this table: equal for equal tables, and for no others (17 digits tell any two floats apart)."""
+        name = f"rope_{self.head_dim}_{self.theta:.17g}_{self.max_positions}"
+        if self.factor is None:
+            return name
+        return f"{name}_{self.factor:.17g}_{self.low:.17g}_{self.high:.17g}_{self.original_positions}"

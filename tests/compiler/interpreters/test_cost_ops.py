@@ -1,0 +1,116 @@
+"""FLOPs against torch's own counter, shapes against what torch returns."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from archwright.compiler.interpreters.cost_ops import Shaped, run_cost
+from archwright.compiler.interpreters.torch_module import TorchProgram
+from archwright.compiler.interpreters.torch_ops import TorchOps
+from archwright.compiler.ir import Degrees
+from archwright.compiler.passes import lower, partition
+from archwright.spec import load
+from tests.parity.strategies import random_spec
+
+BATCH, SEQUENCE = 3, 19
+
+
+def meta_module(program: object, device: str = "meta") -> TorchProgram:
+    module = TorchProgram(program, TorchOps(dtype=torch.float32), dtype=torch.float32, device=device)  # type: ignore[arg-type]
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    return module
+
+
+def counted(call: object) -> int:
+    """FLOPs by torch, attention as the two matrix products that it is: the default back end on CPUs counts none."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        call()  # type: ignore[operator]
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_forward_and_backward_equal_torchs_count(seed: int, tmp_path: Path) -> None:
+    program = lower(random_spec(seed, tmp_path))
+    module = meta_module(program, "cpu")
+    ids_BS = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
+    forward = run_cost(program, batch=BATCH, sequence=SEQUENCE).flops
+    with torch.no_grad():
+        assert counted(lambda: module(ids_BS)) == forward
+        assert (
+            counted(lambda: module(ids_BS, ids_BS))
+            == run_cost(program, batch=BATCH, sequence=SEQUENCE, targets=True).flops
+        )
+    assert run_cost(program, batch=BATCH, sequence=SEQUENCE, targets=True).flops == forward
+    assert counted(lambda: module(ids_BS, ids_BS)[0].backward()) == 3 * forward
+    assert counted(lambda: module(ids_BS).sum().backward()) == 3 * forward
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_decode_through_a_cache_equals_torchs_count(seed: int, tmp_path: Path) -> None:
+    program = lower(random_spec(seed, tmp_path))
+    module = meta_module(program, "cpu")
+    module.bind_cache(module.make_cache(batch=BATCH, positions=40))
+    ids_B1 = torch.zeros(BATCH, 1, dtype=torch.int64)
+    index_B = torch.tensor([5, 9, 20])
+
+    def decode() -> None:
+        module(ids_B1, positions_BS=index_B[:, None], write_index_B=index_B, visible=32)
+
+    with torch.no_grad():
+        assert counted(decode) == run_cost(program, batch=BATCH, sequence=1, visible=32).flops
+
+
+def test_an_8b_model_is_counted_on_meta() -> None:
+    program = lower(load("preset:llama3.1-8b"))
+    module = TorchProgram(program, TorchOps(dtype=torch.bfloat16), dtype=torch.bfloat16, device="meta")
+    ids_BS = torch.zeros(1, 512, dtype=torch.int64, device="meta")
+    with torch.no_grad():
+        assert counted(lambda: module(ids_BS)) == run_cost(program, batch=1, sequence=512).flops
+
+
+@pytest.mark.parametrize("preset", ["tiny", "llama3.2-1b", "llama3.1-8b"])
+def test_the_count_is_the_convention_of_mfu_figures(preset: str) -> None:
+    """6 · multiplying parameters + 12 (causal: 6) · layers · heads · head_dim · sequence, for each token."""
+    spec = load(f"preset:{preset}")
+    program, sequence = lower(spec), 128
+    params = {place: site.param.size for place, site in program.sites().items()}
+    multiply = sum(size for place, size in params.items() if "norm" not in place and "embed_tokens" not in place)
+    attention = spec.model.layer.attention
+    width = attention.heads * (attention.head_dim or spec.model.hidden_size // attention.heads)
+    cost = run_cost(program, batch=2, sequence=sequence)
+    tokens = 2 * sequence
+    assert 3 * cost.flops == tokens * (6 * multiply + 12 * spec.model.layers * width * sequence)
+    assert 3 * cost.causal_flops == tokens * (6 * multiply + 6 * spec.model.layers * width * sequence)
+
+
+def test_shapes_are_torchs(tmp_path: Path) -> None:
+    program = lower(random_spec(1, tmp_path))
+    module = meta_module(program, "cpu")
+    logits = run_cost(program, batch=BATCH, sequence=SEQUENCE).output
+    assert isinstance(logits, Shaped)
+    assert logits.shape == tuple(module(torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)).shape)
+
+
+def test_a_rank_sums_twice_a_layer_and_does_its_part_of_the_work() -> None:
+    program = lower(load("preset:tiny"))
+    whole = run_cost(program, batch=BATCH, sequence=SEQUENCE)
+    plan = partition(program, Degrees(tensor=2))
+    splits = {name: site.param.split for name, site in plan.program.sites().items()}
+    rank = run_cost(plan.local, batch=BATCH, sequence=SEQUENCE, splits=splits)
+    assert rank.all_reduce_elements == 2 * 2 * BATCH * SEQUENCE * 64
+    assert whole.all_reduce_elements == 0
+    head = 2 * BATCH * SEQUENCE * 64 * 512
+    assert 2 * (rank.flops - head) == whole.flops - head, "all but the head is split"
+
+
+def test_costs_name_their_blocks() -> None:
+    costs = run_cost(lower(load("preset:tiny")), batch=1, sequence=4).costs
+    assert [cost.path for cost in costs if cost.op == "attention"] == [
+        "model.layers.0.self_attn",
+        "model.layers.1.self_attn",
+    ]
+    assert costs[-1].path == "lm_head" and costs[-1].flops == 2 * 4 * 64 * 512
