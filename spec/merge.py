@@ -170,6 +170,8 @@ class _Override:
         """The class default as a mapping to write into; only `kind` has to be spelt out."""
         default = cls.model_fields[name].default
         if not isinstance(default, Node):
+            if field_shape(cls, name).item:
+                raise self.fault(num_left, "is an empty list", "set it as a whole")
             if not field_shape(cls, name).classes:
                 raise self.fault(num_left, "holds no keys", "name the value itself")
             help = f"add `{name}:` to the spec, or set it as a whole: --set '{name}={{...}}'"

@@ -22,8 +22,8 @@ MAX_DEPTH = 64
 MAX_NODES = 20_000
 MAX_INT = 2**63 - 1
 
-# Line breaks as YAML readers count them; str.splitlines knows more.
-_LINE_BREAK = re.compile("\r\n|[\n\r\x85\u2028\u2029]")
+# Line breaks of YAML 1.2; str.splitlines knows more.
+_LINE_BREAK = re.compile("\r\n|[\n\r]")
 _INT = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9][0-9_]*|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")

@@ -163,6 +163,7 @@ def test_overrides_are_yaml_and_applied_in_order():
             "`model.layer.attention.position.scaling` is absent",
         ),
         ("data.sources[0].path", "x", "14", "`data.sources.0` is not an item of the list; the list is empty"),
+        ("build.profiles[0].batch", 1, "7", "`build.profiles` is an empty list; set it as a whole"),
         ("extends", "preset:tiny", "1", "`extends` is not part of the language"),
         ("", 1, "1", "`` is not part of the language"),
     ],

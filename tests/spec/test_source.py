@@ -75,6 +75,13 @@ def test_what_is_no_spec(text: str, code: str):
     assert codes(text) == [code]
 
 
+def test_lines_are_counted_as_yaml_1_2_counts_them():
+    tree, _ = parse(source := Source("spec.yaml", "# \x85 \u2028\r\na: 1\rb: [\n2]", Path()))
+    node = find(tree, ("b", 0))
+    assert node is not None and node.span == Span(source, 4, 1)
+    assert source.line(2) == "a: 1"
+
+
 def test_faults_that_leave_a_tree_come_together():
     assert codes("a: 1\na: 2\nb: !x 1\n3: 4") == ["SPEC003", "SPEC004", "SPEC004"]
 
