@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from archwright.runtime.text.byte_table import ByteTable, StreamDecoder
-from archwright.runtime.text.special_tokens import CONFIG, SPECIAL_TOKENS_MAP, SpecialTokens
+from archwright.runtime.text.special_tokens import CONFIG, GENERATION_CONFIG, SPECIAL_TOKENS_MAP, SpecialTokens
 from archwright.spec.errors import ArchwrightError
 
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -82,7 +82,7 @@ class BaseTokenizer(ABC):
 
     def files(self) -> list[Path]:
         """The files to copy beside a model, so that the copy opens as the same tokenizer."""
-        names = (CONFIG, SPECIAL_TOKENS_MAP, CHAT_TEMPLATE)
+        names = (CONFIG, SPECIAL_TOKENS_MAP, GENERATION_CONFIG, CHAT_TEMPLATE)
         return [self._model_file, *(self.folder / name for name in names if (self.folder / name).is_file())]
 
     @abstractmethod

@@ -119,7 +119,9 @@ def test_begin_and_end_of_text(sentencepiece_folder: Path, byte_level_folder: Pa
 def test_generation_config_adds_stop_tokens(sentencepiece_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 77]}')
-    assert open_tokenizer(tmp_path).stop_ids == {2, 4, 77}
+    tokenizer = open_tokenizer(tmp_path)
+    assert tokenizer.stop_ids == {2, 4, 77}
+    assert tmp_path / "generation_config.json" in tokenizer.files(), "a copy stops at the same tokens"
 
 
 def test_files_open_as_the_same_tokenizer(byte_level_folder: Path, tmp_path: Path) -> None:
