@@ -1,6 +1,6 @@
 """The weights that lie in an artifact: each rank's part, and the whole tensors that the parts make up."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,7 +23,7 @@ SLAB_BYTES = 64 << 20
 SAMPLED_ROWS = 64
 """Rows of a tensor that are compared where comparing all would take minutes."""
 
-_DTYPES = {
+_DTYPES: Mapping[int, np.dtype[Any]] = {
     TensorProto.FLOAT: PRECISIONS["float32"],
     TensorProto.FLOAT16: PRECISIONS["float16"],
     TensorProto.BFLOAT16: PRECISIONS["bfloat16"],

@@ -91,12 +91,12 @@ def verify(path: str | Path, progress: Progress = lambda message: None) -> Repor
     progress("checking the files")
     checks = list(_file_checks(path, manifest))
     if all(check.result == "ok" for check in checks):
-        spec = load(path / "spec.yaml")
-        checks.append(_check("manifest facts", "VERIFY001", _facts(manifest, spec)))
-        checks += content_checks(Artifact(path, spec), progress=progress)
-    else:
-        checks += [_not_done(name, code) for name, code in (*_GRAPH_CHECKS, *_NUMBER_CHECKS)]
-    return Report(path=path, checks=tuple(checks))
+        artifact = Artifact(path, load(path / "spec.yaml"))
+        checks.append(_check("manifest facts", "VERIFY001", _facts(manifest, artifact)))
+        if checks[-1].result == "ok":
+            return Report(path=path, checks=(*checks, *content_checks(artifact, progress=progress)))
+    not_done = (_not_done(name, code) for name, code in (*_GRAPH_CHECKS, *_NUMBER_CHECKS))
+    return Report(path=path, checks=(*checks, *not_done))
 
 
 _GRAPH_CHECKS = (("onnx checker", "VERIFY004"), ("linter", "VERIFY005"), ("weights", "VERIFY006"))
@@ -122,8 +122,8 @@ def content_checks(
     try:
         for comparison in _numbers(artifact, scope):
             yield _compared(comparison, scope)
-    except ArchwrightError as error:
-        yield _check("numbers", "VERIFY007", [error.message])
+    except Exception as error:  # ONNX Runtime's exceptions have no class of their own but Exception
+        yield _check("numbers", "VERIFY007", [_reason(error)])
 
 
 def numeric_scope(spec: Spec) -> Literal["whole", "reduced"]:
@@ -159,10 +159,15 @@ def _external(path: Path) -> Iterator[str]:
                 yield f"{name}: names `{place}`, which is not beside it"
 
 
-def _facts(manifest: Manifest, spec: Spec) -> Iterator[str]:
-    """What the manifest repeats from the spec, so that tools can read it without the spec."""
+def _facts(manifest: Manifest, artifact: Artifact) -> Iterator[str]:
+    """What the manifest repeats from the spec, for tools that do not read specs; and a graph for each rank."""
+    spec = artifact.spec
     if manifest.spec_digest != spec_digest(spec):
         yield f"{MANIFEST}: its spec_digest is not that of spec.yaml"
+    for graph in artifact.graphs:
+        name = graph.relative_to(artifact.path).as_posix()
+        if name not in manifest.files:
+            yield f"{name}: missing, and spec.yaml says {len(artifact.graphs)} ranks"
     yield from (
         f"{MANIFEST}: {key} is {manifest.details.get(key)!r}, spec.yaml says {value!r}"
         for key, value in describe(spec).items()
@@ -193,11 +198,7 @@ def _checker(artifact: Artifact) -> Iterator[str]:
 
 
 def _linter(artifact: Artifact) -> Iterator[str]:
-    models = load_ranks(artifact.path)
-    if len(models) != len(artifact.graphs):
-        yield f"there are {len(models)} ranks, spec.yaml says {len(artifact.graphs)}"
-        return
-    for graph, model in zip(artifact.graphs, models, strict=True):
+    for graph, model in zip(artifact.graphs, load_ranks(artifact.path), strict=True):
         yield from (f"{graph.parent.name}/{graph.name}: {problem}" for problem in lint(model, graph.parent))
     merge_ranks(artifact.path)  # raises where the ranks' collectives do not match
 
@@ -227,12 +228,17 @@ def _numbers(artifact: Artifact, scope: Literal["whole", "reduced"]) -> Iterator
 
 
 def _guarded(name: str, code: str, problems: Iterator[str]) -> Check:
-    """A check that also fails where its search raises a user's error."""
+    """A check that also fails where its search does: a forged graph can trip whatever reads it."""
     try:
         return _check(name, code, list(problems))
-    except ArchwrightError as error:
-        place = f"{error.where}: " if error.where else ""
-        return _check(name, code, [f"{place}{error.message}"])
+    except Exception as error:
+        return _check(name, code, [_reason(error)])
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ArchwrightError):
+        return f"{error.where}: {error.message}" if error.where else error.message
+    return f"cannot be read: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def _check(name: str, code: str, problems: Iterable[str], detail: str = "") -> Check:
