@@ -2,6 +2,7 @@
 
 from archwright.compiler.passes.lower import head_dim
 from archwright.spec import Spec
+from archwright.spec.models import Parallel
 
 MAX_HIDDEN = 512
 MAX_FFN = 1024
@@ -14,7 +15,8 @@ def reduced(spec: Spec) -> Spec:
     """`spec` with two layers, hidden size ≤ 512, vocabulary ≤ 1,024, feed-forward ≤ 1,024 and ≤ 1,024 positions.
 
     Kept are the width of a head, the query heads to each key/value head, and how key/value heads meet the tensor
-    degree of `build`: split (one to each rank is enough) or replicated (all of them are needed).
+    degree of `build`: split (one to each rank is enough) or replicated (all of them are needed). Sections that
+    building does not read are left out.
     """
     model, attention = spec.model, spec.model.layer.attention
     degree = spec.build.parallel.tensor
@@ -44,4 +46,5 @@ def reduced(spec: Spec) -> Spec:
     )
     capacity = spec.build.max_positions and min(spec.build.max_positions, MAX_POSITIONS)
     build = spec.build.model_copy(update={"max_positions": capacity, "profiles": ()})
-    return Spec.model_validate(spec.model_copy(update={"model": small, "build": build}).model_dump())
+    rest = {"extends": None, "tokenizer": None, "data": None, "train": None, "parallel": Parallel()}
+    return Spec.model_validate(spec.model_copy(update=rest | {"model": small, "build": build}).model_dump())

@@ -1,0 +1,56 @@
+"""A spec made small keeps what decides how it is built and sharded."""
+
+from pathlib import Path
+
+import pytest
+
+from archwright.compiler.passes import degrees_of, lower, run_passes
+from archwright.compiler.passes.lower import head_dim
+from archwright.compiler.reduced import reduced
+from archwright.spec import Spec, dump, load
+
+
+def load_again(spec: Spec, folder: Path) -> Spec:
+    (folder / "small.yaml").write_text(dump(spec))
+    return load(folder / "small.yaml")
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+@pytest.mark.parametrize("name", ["tiny", "llama3.2-1b", "llama3.1-8b"])
+def test_presets(tmp_path: Path, name: str, degree: int) -> None:
+    spec = load(f"preset:{name}", {"build.parallel.tensor": degree})
+    small = reduced(spec)
+    plan = run_passes(small, degrees_of(small.build.parallel))
+    assert plan.program.num_params() < 10_000_000
+    assert plan.degrees.tensor == degree
+    before, after = spec.model.layer.attention, small.model.layer.attention
+    assert head_dim(small.model, after) == head_dim(spec.model, before)
+    assert after.heads // (after.kv_heads or after.heads) == before.heads // (before.kv_heads or before.heads)
+    assert small.model.tied_embeddings == spec.model.tied_embeddings
+    assert (small.model.layers, small.model.hidden_size <= 512, small.model.vocab_size <= 1024) == (2, True, True)
+    assert small == load_again(small, tmp_path), "it is a legal spec"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "degree"), [(4, 1, 4), (4, 2, 4), (8, 8, 2), (12, 4, 4), (6, 6, 2)])
+def test_key_value_heads_meet_the_degree_as_before(heads: int, kv_heads: int, degree: int) -> None:
+    """Split stays split and replicated stays replicated."""
+    attention = {"model.layer.attention.heads": heads, "model.layer.attention.kv_heads": kv_heads}
+    attention |= {"model.layer.attention.head_dim": 8, "model.layer.ffn.hidden_size": 4096}
+    spec = load("preset:tiny", {**attention, "parallel.tensor": 1, "build.parallel.tensor": degree})
+    parts = []
+    for each in (spec, reduced(spec)):
+        program = run_passes(each, degrees_of(each.build.parallel)).program
+        split = program.params()["model.layers.0.self_attn.k_proj.weight"].split
+        assert split is not None
+        parts.append(split.parts == split.degree)
+    assert parts[0] == parts[1]
+
+
+def test_what_is_small_already_stays() -> None:
+    spec = load(
+        "preset:tiny",
+        {"model.layers": 1, "model.vocab_size": 600, "model.max_positions": 200, "build.max_positions": 32},
+    )
+    small = reduced(spec)
+    assert (small.model.layers, small.model.vocab_size, small.model.max_positions) == (1, 600, 200)
+    assert small.build.max_positions == 32 and lower(small).num_params() <= lower(spec).num_params()
