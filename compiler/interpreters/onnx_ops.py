@@ -8,7 +8,7 @@ P cache capacity.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,11 +68,11 @@ class Weight:
 class External:
     """An initializer whose bytes lie beside the graph.
 
-    source: the parameter that is stored, transposed or as it is; or the values themselves.
+    source: the parameter that is stored, transposed or as it is; or what computes the values when they are written.
     """
 
     value: ir.Value
-    source: str | NDArray[Any]
+    source: str | Callable[[], NDArray[Any]]
     transposed: bool = False
 
 
@@ -164,7 +164,7 @@ class OnnxOps:
         name: str,
         shape: tuple[int, ...],
         dtype: ir.DataType,
-        source: str | NDArray[Any],
+        source: str | Callable[[], NDArray[Any]],
         transposed: bool = False,
     ) -> Tensor:
         if name not in self.externals:
@@ -246,13 +246,14 @@ class OnnxOps:
 
     def _rotation(self, table: RopeTable) -> tuple[Tensor, Tensor]:
         """cos and sin [P, H/2]; the angle is formed in float64."""
-        names = [f"{table.key}/{kind}" for kind in ("cos", "sin")]
-        if names[0] not in self.externals:
+        shape = (self.capacity, table.head_dim // 2)
+
+        def tabled(function: Callable[[NDArray[Any]], NDArray[Any]]) -> NDArray[Any]:
             angle_PH = np.arange(self.capacity)[:, None] * np.array(table.frequencies())
-            for name, function in zip(names, (np.cos, np.sin), strict=True):
-                values = function(angle_PH).astype(np.float32)
-                self._external(name, values.shape, ir.DataType.FLOAT, values)
-        cos, sin = (Tensor(self.externals[name].value, self) for name in names)
+            return function(angle_PH).astype(np.float32)
+
+        cos = self._external(f"{table.key}/cos", shape, ir.DataType.FLOAT, lambda: tabled(np.cos))
+        sin = self._external(f"{table.key}/sin", shape, ir.DataType.FLOAT, lambda: tabled(np.sin))
         return cos, sin
 
     def kv_update(self, m: Any, name: str, x_BKSH: Tensor, step: Step[Tensor]) -> Tensor:
