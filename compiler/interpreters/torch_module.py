@@ -36,7 +36,7 @@ class TorchScope:
 
 
 class BlockModule(nn.Module):
-    """torch's module of a block. Its attributes are the Parameters themselves, as FSDP and others expect of a module."""
+    """torch's module of a block. Its attributes are the Parameters themselves, as FSDP and others expect."""
 
     def __init__(self, block: Block, ops: TorchOps, path: str) -> None:
         super().__init__()

@@ -89,7 +89,13 @@ class SafetensorsWeights:
         if not files:
             raise ArchwrightError("RUN010", "holds no model*.safetensors", where=str(path))
         for file in files:
-            self._entries.update(_read_header(file))
+            entries = _read_header(file)
+            if twice := entries.keys() & self._entries.keys():
+                name = min(twice)
+                help = "keep the files of one model only"
+                message = f"`{name}` is also in {self._entries[name].path.name}"
+                raise ArchwrightError("RUN010", message, where=str(file), help=help)
+            self._entries.update(entries)
 
     def names(self) -> Iterable[str]:
         return self._entries
@@ -123,10 +129,12 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             if item["dtype"] not in DTYPES:
                 raise ValueError(f"`{name}` has dtype {item['dtype']}; known are {', '.join(DTYPES)}")
             dtype = DTYPES[item["dtype"]]
-            if stop - start != prod(shape) * dtype.itemsize or start < 0 or 8 + length + stop > size:
+            if not all(type(number) is int and number >= 0 for number in (*shape, start, stop)):
+                raise ValueError(f"`{name}` has shape {item['shape']} at {item['data_offsets']}")
+            if stop - start != prod(shape) * dtype.itemsize or 8 + length + stop > size:
                 raise ValueError(f"`{name}` lies outside the file or its size is wrong")
             entries[name] = _Entry(path=path, dtype=dtype, shape=shape, offset=8 + length + start)
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         help = "copy the file again; it is broken or cut short"
         raise ArchwrightError("RUN010", f"not a whole safetensors file: {error}", where=str(path), help=help) from error
     return entries
