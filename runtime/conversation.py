@@ -14,9 +14,9 @@ Message = dict[str, str]
 class Conversation:
     """Questions and answers so far, after an optional system message.
 
-    options: arguments of `Model.stream`; max_tokens is also the room kept for an answer.
-    forgotten: questions that were dropped with their answers. The oldest go first, until the rest leaves room for
-    max_tokens; the system message and the newest question always stay.
+    options: arguments of `Model.stream`, max_tokens among them.
+    forgotten: questions that were dropped with their answers. The oldest go first, until the rest leaves room for an
+    answer of max_tokens or half the capacity, whichever is less; the system message and the newest question always stay.
     """
 
     model: Model
@@ -34,7 +34,8 @@ class Conversation:
         turns = [*self.turns, {"role": "user", "content": question}]
         ids = self._encode(turns)
         forgotten = 0
-        while len(turns) > 1 and len(ids) + self.options["max_tokens"] > self.model.capacity:
+        limit = self.model.capacity - min(self.options["max_tokens"], self.model.capacity // 2)
+        while len(turns) > 1 and len(ids) > limit:
             turns = turns[2:]
             forgotten += 1
             ids = self._encode(turns)

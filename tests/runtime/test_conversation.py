@@ -67,9 +67,12 @@ def say_after(model: Model, turns: list[dict[str, str]], question: str) -> str:
     return model.generate([ids], max_tokens=3)[0].text
 
 
-def test_a_long_max_tokens_still_answers(model: Model) -> None:
-    """With more tokens asked for than the model can hold, the newest question is all that stays."""
-    conversation = Conversation(model=model, options={"max_tokens": 500})
-    say(conversation, "the")
-    say(conversation, "stop")
-    assert conversation.forgotten == 1 and len(conversation.turns) == 2
+def test_more_tokens_than_the_model_can_hold_do_not_cost_the_memory(model: Model) -> None:
+    """At most half the capacity is kept free for an answer."""
+    short = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    conversation = Conversation(model=model, options={"max_tokens": 500}, turns=short)
+    say(conversation, "c")
+    assert conversation.forgotten == 0 and len(conversation.turns) == 4
+    say(conversation, "d")
+    assert conversation.forgotten == 2, "the answer to c filled the cache"
+    assert [turn["content"] for turn in conversation.turns[::2]] == ["d"]
