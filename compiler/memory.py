@@ -95,16 +95,16 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
 
     Of each layer, with e bytes a value and w = max(4, e) where the mathematics is at least float32, local sizes:
 
-        norm         w·D its input widened, e·D the normalised value, e·D its output (the next matrix's input)
+        norm         w·D its input widened, w the root, e·D the normalised value, e·D its output (a matrix's input)
         attention    e·H·(N + K + K) q, k, v after the rotation; e·H·N its output; w·N the softmax's logarithm
         feed-forward e·F·4: gate, up, silu(gate), their product
 
-    A layer has two norms: 2·D·(w + 2e) + e·H·(2N + 2K) + w·N + 4·e·F. Residual sums keep nothing. The final norm adds
-    one D·(w + 2e), and the loss e·D, since it forms its gradient in the forward. A test compares this with what
-    autograd saves. Compiled layers keep less.
+    A layer has two norms: 2·(D·(w + 2e) + w) + e·H·(2N + 2K) + w·N + 4·e·F. Residual sums keep nothing. After the
+    layers comes the final norm; its output gives way to its gradient, which the loss forms in the forward. A test holds
+    this against what autograd saves. Compiled layers keep less; on CPUs the attention's output is copied once more.
     """
     e, w = compute_bytes, max(4, compute_bytes)
-    total, hidden = 0, 0
+    total, norm = 0, 0
     for segment in local.segments:
         layer = segment.block
         if not isinstance(layer, DecoderLayer):
@@ -112,8 +112,9 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
         hidden = layer.input_layernorm.weight.size
         q_width, kv_width = layer.self_attn.q_proj.weight.shape[0], layer.self_attn.k_proj.weight.shape[0]
         heads, inner = q_width // layer.self_attn.head_dim, layer.mlp.up_proj.weight.shape[0]
-        total += 2 * hidden * (w + 2 * e) + e * (2 * q_width + 2 * kv_width) + w * heads + 4 * e * inner
-    return total + hidden * (w + 2 * e) + e * hidden
+        norm = hidden * (w + 2 * e) + w
+        total += 2 * norm + e * (2 * q_width + 2 * kv_width) + w * heads + 4 * e * inner
+    return total + norm
 
 
 def _loss_bytes(program: Program, tokens: int, compute_bytes: int) -> int:
