@@ -22,6 +22,7 @@ from archwright.spec.files import sha256_file
 from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
 
 SEAL = "seal"
+_LARGE = (".data", ".engine")
 _HELP = "build it again, or copy it again from where it was built"
 
 
@@ -71,7 +72,8 @@ def is_artifact(path: Path) -> bool:
 def open_artifact(path: Path) -> Artifact:
     """Open an artifact to run it.
 
-    Files and their sizes are checked, and the hashes of all but the weights, which `archwright verify` reads in full.
+    Files and their sizes are checked, and the hashes of all but weights and engines, which `archwright verify` reads in
+    full. An engine is native code: who loads one must compare its hash first.
     Raises ArchwrightError RUN014 where something is missing or differs, or SPEC091 without a manifest.
     """
     manifest = read_artifact_manifest(path)
@@ -79,7 +81,7 @@ def open_artifact(path: Path) -> Artifact:
         file = path / name
         if not file.is_file():
             raise ArchwrightError("RUN014", f"{name} is missing", where=str(path), help=_HELP)
-        if file.stat().st_size != entry.bytes or (file.suffix != ".data" and sha256_file(file) != entry.sha256):
+        if file.stat().st_size != entry.bytes or (file.suffix not in _LARGE and sha256_file(file) != entry.sha256):
             raise ArchwrightError("RUN014", f"{name} is not the file that was built", where=str(path), help=_HELP)
     escaped = next(escapes(path), None)
     if escaped is not None:

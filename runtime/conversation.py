@@ -15,8 +15,8 @@ class Conversation:
     """Questions and answers so far, after an optional system message.
 
     options: arguments of `Model.stream`, max_tokens among them.
-    forgotten: questions that were dropped with their answers. The oldest go first, until the rest leaves room for an
-    answer of max_tokens or half the capacity, whichever is less; the system message and the newest question always stay.
+    forgotten: questions that were dropped with their answers. The oldest go first, until the rest leaves room for
+    an answer of max_tokens or half the capacity, whichever is less; the system message and the newest question stay.
     """
 
     model: Model

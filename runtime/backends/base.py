@@ -14,7 +14,10 @@ Logits = NDArray[np.float32]
 CacheT = TypeVar("CacheT")
 
 PREFILL_CHUNK = 512
-"""Tokens of a row that one prefill call computes: it bounds the logits, which no graph can leave out."""
+"""Most tokens of a row that one prefill call computes."""
+LOGITS_BYTES = 256 << 20
+"""Most memory for the logits of a prefill call: they are computed for every token, and only those after a prompt's last
+are wanted."""
 
 
 class Backend(ABC, Generic[CacheT]):
@@ -50,8 +53,9 @@ class Backend(ABC, Generic[CacheT]):
         """
         batch, longest = ids_BS.shape
         last_BV = np.empty((batch, self.vocab_size), np.float32)
-        for start in range(0, longest, PREFILL_CHUNK):
-            part_BS = ids_BS[:, start : start + PREFILL_CHUNK]
+        size = min(PREFILL_CHUNK, max(1, LOGITS_BYTES // last_BV.nbytes))
+        for start in range(0, longest, size):
+            part_BS = ids_BS[:, start : start + size]
             stop = start + part_BS.shape[1]
             positions_BS = np.broadcast_to(np.arange(start, stop), part_BS.shape)
             logits_BSV = self.forward(cache, part_BS, positions_BS, np.full(batch, start), stop)

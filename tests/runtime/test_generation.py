@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from archwright.runtime import open_model
+from archwright.runtime.backends import base
 from archwright.runtime.backends.base import PREFILL_CHUNK, Backend
 from archwright.runtime.model import Model
 from archwright.runtime.text.tokenizer import Tokenizer, open_tokenizer
@@ -89,12 +90,21 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model: Model, temperature:
         assert (answer.tokens, answer.text, answer.finish_reason) == (alone.tokens, alone.text, alone.finish_reason)
 
 
-def test_prefill_in_pieces_equals_one_call(write_model: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("logits_bytes", [256 << 20, 3 * 400 * 4 * 100, 1])
+def test_prefill_in_pieces_equals_one_call(
+    write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, logits_bytes: int
+) -> None:
+    monkeypatch.setattr(base, "LOGITS_BYTES", logits_bytes)
     model = open_model(write_model({"model.max_positions": PREFILL_CHUNK * 2}, tokenizer=False))
     ids_BS = np.random.default_rng(0).integers(0, 400, (3, PREFILL_CHUNK + 40))
     lengths_B = np.array([PREFILL_CHUNK + 40, PREFILL_CHUNK, 7])
     whole_BSV = model.backend.whole(ids_BS)
+    forward, sizes = model.backend.forward, []
+    monkeypatch.setattr(
+        model.backend, "forward", lambda cache, ids, *rest: sizes.append(ids.shape[1]) or forward(cache, ids, *rest)
+    )
     last_BV = model.backend.prefill(model.backend.new_cache(3, ids_BS.shape[1]), ids_BS, lengths_B)
+    assert max(sizes) == min(PREFILL_CHUNK, max(1, logits_bytes // 4800)) and sum(sizes) == PREFILL_CHUNK + 40
     assert np.allclose(last_BV, whole_BSV[np.arange(3), lengths_B - 1], atol=1e-4)
 
 
