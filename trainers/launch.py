@@ -14,6 +14,7 @@ from archwright.spec import ArchwrightError
 
 _LOCAL = "ARCHWRIGHT_LOCAL_WORKER"
 _GRACE_S = 10.0
+_TELL_S = 2.0
 _POLL_S = 0.05
 
 
@@ -93,18 +94,19 @@ def _environments(number: int, environment: Mapping[str, str]) -> list[dict[str,
 
 
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
-    running = list(workers)
-    while running:
+    while all(worker.poll() in (None, 0) for worker in workers):
+        if all(worker.poll() == 0 for worker in workers):
+            return 0
         time.sleep(_POLL_S)
-        for worker in [worker for worker in running if worker.poll() is not None]:
-            running.remove(worker)
-            if worker.returncode > 0:
-                return worker.returncode
-            if worker.returncode < 0:
-                rank, signal = workers.index(worker), -worker.returncode
-                print(f"archwright train: the process of rank {rank} was ended by signal {signal}", file=sys.stderr)
-                return 3
-    return 0
+    rank, failed = next((rank, worker) for rank, worker in enumerate(workers) if worker.poll() not in (None, 0))
+    if failed.returncode < 0:
+        print(f"archwright: the process of rank {rank} was ended by signal {-failed.returncode}", file=sys.stderr)
+        return 3
+    # The mistake is every worker's, and the first one is to tell it: give it the time.
+    deadline = time.monotonic() + _TELL_S
+    while workers[0].poll() is None and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return failed.returncode
 
 
 def _end(workers: list[subprocess.Popen[bytes]]) -> None:

@@ -13,7 +13,7 @@ from archwright.compiler.distributed.apply import apply_plan, make_mesh
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.module import DTYPES
 from archwright.compiler.passes import degrees_of, lower, partition
-from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.folder import ModelFolder, open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, SafetensorsWeights, Weights
 from archwright.spec import ArchwrightError, Spec, spec_digest
 from archwright.spec.models import Pretrain, Sft
@@ -74,15 +74,7 @@ def _make_module(
     if start.checkpoint is not None:
         weights = SafetensorsWeights(start.checkpoint)
     elif train.base is not None:
-        base = open_folder(Path(train.base))
-        if spec_digest(base.spec) != spec_digest(spec):
-            raise ArchwrightError(
-                "TRAIN009",
-                "train.base holds another architecture than the spec's `model`",
-                where=train.base,
-                help=f"copy the model section of {Path(train.base) / 'spec.yaml'}",
-            )
-        weights = base.weights
+        weights = open_base(spec, train.base).weights
     return apply_plan(
         plan,
         weights,
@@ -91,6 +83,19 @@ def _make_module(
         device=device,
         mesh=mesh,
     )
+
+
+def open_base(spec: Spec, path: str) -> ModelFolder:
+    """The weights to start from. Raises ArchwrightError TRAIN009 where they are of another architecture."""
+    base = open_folder(Path(path))
+    if spec_digest(base.spec) != spec_digest(spec):
+        raise ArchwrightError(
+            "TRAIN009",
+            "train.base holds another architecture than the spec's `model`",
+            where=path,
+            help=f"copy the model section of {Path(path) / 'spec.yaml'}",
+        )
+    return base
 
 
 def _held_out(train: Pretrain | Sft, split: Split) -> Samples | None:
@@ -117,7 +122,7 @@ def run_steps(
                 "TRAIN015",
                 f"the loss became {record['loss']} at step {step}",
                 where=str(run),
-                help="lower train.optimizer.learning_rate or lengthen the warmup, and train anew or with --resume",
+                help="lower train.optimizer.learning_rate or lengthen the warmup, in a new run",
             )
         progress = Progress(step=step, tokens=record["tokens"], data_digest=progress.data_digest)
         last = step == train.steps

@@ -6,41 +6,65 @@ from pathlib import Path
 import torch
 
 from archwright.compiler.weights.folder import newest_checkpoint
-from archwright.spec import Spec
-from archwright.trainers.batches import Conversations
+from archwright.spec import ArchwrightError, Spec
+from archwright.trainers.batches import Conversations, make_samples
 from archwright.trainers.checkpoints import Progress
 from archwright.trainers.console import Reporter
 from archwright.trainers.launch import World, join, leave, share
-from archwright.trainers.loop import Trainer, make_trainer, run_steps
+from archwright.trainers.loop import Trainer, make_trainer, open_base, run_steps
 from archwright.trainers.metrics import MetricsWriter
 from archwright.trainers.run_folder import Start, open_inputs, prepare_run, write_model
 
 
 def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None:
-    """Train `spec` into `run` as one process of `world`."""
+    """Train `spec` into `run` as one process of `world`.
+
+    Errors of the user are raised in the first rank, so that they are told once; the others leave with status 1.
+    """
     device = _device(world)
     join(world, device.type)
     try:
-        # The first rank alone looks at what users can get wrong, so that an error is told once.
-        start = share(world, _begin(spec, run, resume) if world.main else None)
+        start = _begin_together(spec, run, world, resume=resume)
         inputs = open_inputs(spec)
-        if start.progress.step < inputs.train.steps:
-            trainer = make_trainer(spec, inputs, start, device)
-            progress = _train(trainer, run, start, world, device)
-        else:
-            progress = start.progress
-            if world.main:
-                print(f"{run}: complete, {progress.step} steps")
+        progress = start.progress
+        if progress.step < inputs.train.steps:
+            progress = _train(make_trainer(spec, inputs, start, device), run, start, world)
+        elif world.main:
+            print(f"{run}: complete, {progress.step} steps")
         if world.main:
             _, checkpoint = newest_checkpoint(run)
-            model = write_model(run, spec, inputs, checkpoint, progress.step)
-            print(f"model: {model}")
+            print(f"model: {write_model(run, spec, inputs, checkpoint, progress.step)}")
+    except ArchwrightError:
+        if world.main:
+            raise
+        raise SystemExit(1) from None
     finally:
         leave(world)
 
 
+def _begin_together(spec: Spec, run: Path, world: World, *, resume: bool) -> Start:
+    """Only the first rank looks at the folders; the others learn where it begins, or that it cannot."""
+    start, error = None, None
+    if world.main:
+        try:
+            start = _begin(spec, run, resume)
+        except (ArchwrightError, OSError) as caught:
+            error = caught
+    start = share(world, start)
+    if error is not None:
+        raise error
+    if start is None:
+        raise SystemExit(1)
+    return start
+
+
 def _begin(spec: Spec, run: Path, resume: bool) -> Start:
-    return prepare_run(run, spec, open_inputs(spec), resume=resume)
+    """Everything that can be found wrong is, before the run folder is made."""
+    inputs = open_inputs(spec)
+    make_samples(inputs.train.kind, inputs.data.train, inputs.train.sequence_length, inputs.train.seed)
+    if inputs.train.base is not None and not run.exists():
+        open_base(spec, inputs.train.base)
+    return prepare_run(run, spec, inputs, resume=resume)
 
 
 def _device(world: World) -> torch.device:
@@ -65,7 +89,7 @@ def _keep_freed_memory() -> None:
         mallopt(mmap_threshold, 32 << 20)
 
 
-def _train(trainer: Trainer, run: Path, start: Start, world: World, device: torch.device) -> Progress:
+def _train(trainer: Trainer, run: Path, start: Start, world: World) -> Progress:
     if not world.main:
         return run_steps(trainer, run, start.progress, metrics=None, reporter=None)
     train, done = trainer.train, start.progress.step
@@ -73,16 +97,17 @@ def _train(trainer: Trainer, run: Path, start: Start, world: World, device: torc
         MetricsWriter(run, last_step=done) as metrics,
         Reporter(run, steps=train.steps, done=done, log_every=train.log_every) as reporter,
     ):
-        _introduce(trainer, reporter, start, world, device)
+        _introduce(trainer, reporter, start, world)
         return run_steps(trainer, run, start.progress, metrics=metrics, reporter=reporter)
 
 
-def _introduce(trainer: Trainer, reporter: Reporter, start: Start, world: World, device: torch.device) -> None:
+def _introduce(trainer: Trainer, reporter: Reporter, start: Start, world: World) -> None:
     train = trainer.train
     processes = f"{world.size} processes, " if world.size > 1 else ""
+    where = f"{train.precision}, {processes}{trainer.device.type}"
     reporter.say(
         f"{train.kind} {trainer.spec.name}: {trainer.module.program.num_params():,} parameters, "
-        f"{train.batch_size} x {train.sequence_length} tokens a step, {train.precision}, {processes}{device.type}"
+        f"{train.batch_size} x {train.sequence_length} tokens a step, {where}"
     )
     if start.checkpoint is not None:
         reporter.say(f"going on after step {start.progress.step}")

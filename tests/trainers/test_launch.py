@@ -1,0 +1,179 @@
+"""Worlds of processes: what `train` starts itself, what torchrun starts, and how they end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from archwright.spec import ArchwrightError
+from archwright.trainers.launch import World, check_world, run_workers, world_of
+from archwright.trainers.metrics import read_metrics
+
+Overrides = dict[str, object]
+PROGRAM = ["-c", "import sys; from archwright.spec.cli import main; sys.exit(main())"]
+
+
+def arguments(spec_file: Path, run: Path, settings: Overrides) -> list[str]:
+    sets = [f"--set={path}={json.dumps(value)}" for path, value in settings.items()]
+    return ["train", str(spec_file), "-o", str(run), *sets]
+
+
+def run_train(spec_file: Path, run: Path, settings: Overrides, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *PROGRAM, *arguments(spec_file, run, settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "\nState:\tZ" not in status.read_text()
+
+
+def wait_for(condition: object, seconds: float = 30.0) -> None:
+    assert callable(condition)
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_world_of_torchrun() -> None:
+    assert world_of({"PATH": "x"}) is None
+    variables = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    world = world_of(variables)
+    assert world == World(rank=5, size=8, local_rank=1, local_size=4)
+    assert not world.main
+
+
+def test_a_world_of_another_size_is_refused() -> None:
+    check_world(World(size=2), 2)
+    with pytest.raises(ArchwrightError) as caught:
+        check_world(World(size=3), 2)
+    assert caught.value.code == "TRAIN007"
+    assert "--nproc-per-node 2" in str(caught.value)
+
+
+def test_the_first_failing_worker_gives_the_status(capfd: pytest.CaptureFixture[str]) -> None:
+    """A spec that does not exist: every worker fails with 1, none hangs."""
+    assert run_workers(2, ["validate", "absent.yaml"], os.environ) == 1
+    assert "SPEC001" in capfd.readouterr().err
+    assert run_workers(2, ["presets"], os.environ) == 0
+
+
+@pytest.mark.heavy
+def test_a_mismatch_under_torchrun_is_told(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
+    done = run_train(spec_file, tmp_path / "run", training, RANK="0", WORLD_SIZE="3")
+    assert done.returncode == 1
+    assert "TRAIN007" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.heavy
+def test_an_error_of_the_user_is_told_once(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    done = run_train(spec_file, tmp_path / "run", {**training, "parallel.tensor": 2})
+    assert done.returncode == 1
+    assert done.stderr.count("TRAIN004") == 1
+    assert "Traceback" not in done.stderr and "internal" not in done.stderr
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("tied", [True, False])
+def test_two_processes_equal_one(spec_file: Path, training: Overrides, tmp_path: Path, tied: bool) -> None:
+    settings = {
+        **training, "train.precision": "float64", "train.steps": 24, "train.micro_batches": 2,
+        "model.tied_embeddings": tied,
+    }  # fmt: skip
+    records = []
+    for tensor in (1, 2):
+        run = tmp_path / f"run{tensor}"
+        done = run_train(spec_file, run, {**settings, "parallel.tensor": tensor})
+        assert done.returncode == 0, done.stderr
+        records.append(read_metrics(run))
+    for key in ("loss", "learning_rate", "tokens"):
+        assert [r[key] for r in records[1]] == pytest.approx([r[key] for r in records[0]], rel=1e-10, abs=0)
+    assert records[1][-1]["validation_loss"] == pytest.approx(records[0][-1]["validation_loss"], rel=1e-10)
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("step 24/24  loss") == 1
+
+
+@pytest.mark.heavy
+def test_torchrun_is_the_same_training(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
+    settings = {**training, "parallel.tensor": 2}
+    assert run_train(spec_file, tmp_path / "own", settings).returncode == 0
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    done = subprocess.run(
+        [sys.executable, *torchrun, sys.executable, *PROGRAM, *arguments(spec_file, tmp_path / "torchrun", settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("own", "torchrun")]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture
+def long_training(
+    spec_file: Path, training: Overrides, tmp_path: Path
+) -> Iterator[tuple[subprocess.Popen[bytes], list[int]]]:
+    """A training in two processes that has begun, and the ids of its workers."""
+    settings = {**training, "train.steps": 100_000, "parallel.tensor": 2}
+    process = subprocess.Popen(
+        [sys.executable, *PROGRAM, *arguments(spec_file, tmp_path / "run", settings)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: len(read_metrics(tmp_path / "run")) > 1, 90)
+        yield process, children(process.pid)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_the_launcher(
+    long_training: tuple[subprocess.Popen[bytes], list[int]], number: signal.Signals
+) -> None:
+    process, workers = long_training
+    assert len(workers) == 2 and all(map(alive, workers))
+    process.send_signal(number)
+    status = process.wait(timeout=30)
+    wait_for(lambda: not any(map(alive, workers)))
+    assert status == (130 if number == signal.SIGINT else -number)
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_a_worker_that_dies_ends_all(long_training: tuple[subprocess.Popen[bytes], list[int]]) -> None:
+    process, workers = long_training
+    os.kill(workers[1], signal.SIGKILL)
+    assert process.wait(timeout=30) == 3
+    assert not any(map(alive, workers))
+
+
+@pytest.mark.heavy
+def test_an_error_during_the_training_is_told_once(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
+    broken = {"train.optimizer.learning_rate": 1e30, "train.clip_norm": None, "parallel.tensor": 2}
+    done = run_train(spec_file, tmp_path / "run", {**training, **broken})
+    assert done.returncode == 1
+    assert done.stderr.count("TRAIN015") == 1
+    assert "internal" not in done.stderr

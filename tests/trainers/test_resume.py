@@ -1,0 +1,197 @@
+"""A training that is interrupted and goes on is the same training, bit by bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from archwright.compiler.weights.folder import checkpoints
+from archwright.spec import ArchwrightError, Spec
+from archwright.spec.manifest import read_manifest
+from archwright.trainers.launch import World
+from archwright.trainers.metrics import METRICS, read_metrics
+from archwright.trainers.training import train_in_world
+
+MakeSpec = Callable[..., Spec]
+Overrides = dict[str, object]
+
+
+def train(spec: Spec, run: Path, *, resume: bool = False) -> None:
+    train_in_world(spec, run, World(), resume=resume)
+
+
+def comparable(run: Path) -> list[dict[str, float]]:
+    """The metrics without what a clock says."""
+    return [{key: value for key, value in record.items() if key != "tokens_per_s"} for record in read_metrics(run)]
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {name: entry.sha256 for name, entry in read_manifest(folder).files.items() if name != "state.json"}
+
+
+def assert_same_run(first: Path, second: Path, step: int) -> None:
+    assert comparable(first) == comparable(second)
+    assert hashes(checkpoints(first)[step]) == hashes(checkpoints(second)[step])
+    assert hashes(first / "model")["model.safetensors"] == hashes(second / "model")["model.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def straight(make_spec: MakeSpec, training: Overrides, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "straight"
+    train(make_spec(training), run)
+    return run
+
+
+def cut(source: Path, run: Path, step: int) -> None:
+    """What a run looks like that was killed between `step` and the next checkpoint."""
+    shutil.copytree(source, run)
+    shutil.rmtree(run / "model")
+    for later, folder in checkpoints(run).items():
+        if later > step:
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("step", [0, 6, 9])
+def test_resumed_is_straight(
+    make_spec: MakeSpec, training: Overrides, straight: Path, tmp_path: Path, step: int
+) -> None:
+    run = tmp_path / "run"
+    cut(straight, run, step)
+    with (run / METRICS).open("a") as file:
+        file.write('{"step": 13, "lo')  # torn
+    train(make_spec(training), run, resume=True)
+    assert_same_run(straight, run, 12)
+
+
+def test_resume_without_a_run_begins_one(
+    make_spec: MakeSpec, training: Overrides, straight: Path, tmp_path: Path
+) -> None:
+    train(make_spec(training), tmp_path / "run", resume=True)
+    assert_same_run(straight, tmp_path / "run", 12)
+
+
+def test_a_complete_run_says_so_and_gets_its_model_back(
+    make_spec: MakeSpec, training: Overrides, straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    shutil.rmtree(run / "model")
+    train(make_spec(training), run, resume=True)
+    assert "complete, 12 steps" in capsys.readouterr().out
+    assert_same_run(straight, run, 12)
+
+
+def test_steps_may_grow(make_spec: MakeSpec, training: Overrides, straight: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    train(make_spec({**training, "train.steps": 14, "train.log_every": 1}), run, resume=True)
+    assert [record["step"] for record in read_metrics(run)] == list(range(1, 15))
+    assert comparable(run)[:12] == comparable(straight)
+    assert read_manifest(run / "model").details["step"] == 14
+    assert hashes(run / "model") != hashes(straight / "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"train.seed": 7}, "`train.seed` is 7, the run was started with 0"),
+        ({"train.batch_size": 8}, "`train.batch_size` is 8"),
+        ({"train.precision": "bfloat16"}, "`train.precision`"),
+        ({"train.optimizer.weight_decay": 0.0}, "`train.optimizer.weight_decay`"),
+        ({"train.steps": 11}, "`train.steps` is 11"),
+        ({"model.hidden_size": 64}, "`model.hidden_size` is 64"),
+        ({"model.tied_embeddings": False}, "`model.tied_embeddings`"),
+    ],
+)
+def test_another_spec_is_refused(
+    make_spec: MakeSpec, training: Overrides, straight: Path, changes: Mapping[str, object], field: str
+) -> None:
+    with pytest.raises(ArchwrightError) as caught:
+        train(make_spec({**training, **changes}), straight, resume=True)
+    assert caught.value.code == "TRAIN005"
+    assert field in str(caught.value)
+
+
+def test_other_data_are_refused(make_spec: MakeSpec, training: Overrides, built_chats: Path, straight: Path) -> None:
+    with pytest.raises(ArchwrightError) as caught:
+        train(make_spec({**training, "data.path": str(built_chats)}), straight, resume=True)
+    assert caught.value.code == "TRAIN011"
+
+
+def test_a_damaged_checkpoint_is_refused(
+    make_spec: MakeSpec, training: Overrides, straight: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    cut(straight, run, 6)
+    file = checkpoints(run)[6] / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArchwrightError) as caught:
+        train(make_spec(training), run, resume=True)
+    assert caught.value.code == "TRAIN010"
+    assert "optimizer.safetensors" in str(caught.value)
+
+
+def test_a_folder_that_is_no_run_is_refused(make_spec: MakeSpec, training: Overrides, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(ArchwrightError) as caught:
+        train(make_spec(training), tmp_path / "run", resume=True)
+    assert caught.value.code == "TRAIN006"
+
+
+def command(spec_file: Path, run: Path, settings: Overrides, *more: str) -> list[str]:
+    sets = [f"--set={path}={json.dumps(value)}" for path, value in settings.items()]
+    program = "import sys; from archwright.spec.cli import main; sys.exit(main())"
+    return [sys.executable, "-c", program, "train", str(spec_file), "-o", str(run), *sets, *more]
+
+
+def kill_after(step: int, arguments: list[str], run: Path) -> None:
+    """Start a training and SIGKILL it once `step` is in its metrics."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
+    while len(read_metrics(run)) < step:
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run / "model").exists()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_killed_and_resumed_is_straight(spec_file: Path, training: Overrides, tmp_path: Path, tensor: int) -> None:
+    """With two processes, the workers of the killed one must be gone too before the next run starts."""
+    settings = {**training, "train.steps": 80, "parallel.tensor": tensor}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    first, second = tmp_path / "first", tmp_path / "second"
+    subprocess.run(command(spec_file, first, settings), check=True, env=environment, stdout=subprocess.DEVNULL)
+    kill_after(8, command(spec_file, second, settings), second)
+    assert list(checkpoints(second))[-1] < 80
+    subprocess.run(
+        command(spec_file, second, settings, "--resume"), check=True, env=environment, stdout=subprocess.DEVNULL
+    )
+    assert_same_run(first, second, 80)
+
+
+@pytest.mark.heavy
+def test_a_run_may_go_on_with_another_plan(
+    spec_file: Path, make_spec: MakeSpec, training: Overrides, tmp_path: Path
+) -> None:
+    """Checkpoints hold full tensors: begun in one process, continued in two, in float64."""
+    settings = {**training, "train.precision": "float64"}
+    straight, moved = tmp_path / "straight", tmp_path / "moved"
+    train(make_spec(settings), straight)
+    cut(straight, moved, 6)
+    more = {**settings, "parallel.tensor": 2}
+    subprocess.run(command(spec_file, moved, more, "--resume"), check=True, stdout=subprocess.DEVNULL)
+    losses = [[record["loss"] for record in read_metrics(run)] for run in (straight, moved)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-10, abs=0)
+    assert losses[1] != losses[0], "two processes add in another order"
