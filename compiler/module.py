@@ -7,8 +7,8 @@ import torch
 
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
-from archwright.compiler.ir import Program
-from archwright.compiler.passes import lower
+from archwright.compiler.ir import Degrees, Program
+from archwright.compiler.passes import run_passes
 from archwright.compiler.weights.folder import open_folder
 from archwright.compiler.weights.initialization import draw
 from archwright.spec import Spec
@@ -25,11 +25,11 @@ def compile_module(
     Raises SpecError or ArchwrightError where the spec or the folder is not usable.
     """
     if isinstance(source, Spec):
-        module = build_module(lower(source), dtype=DTYPES[dtype], device=device)
+        module = build_module(run_passes(source, Degrees()).program, dtype=DTYPES[dtype], device=device)
         initialize(module, seed)
         return module
     folder = open_folder(Path(source))
-    module = build_module(lower(folder.spec), dtype=DTYPES[dtype], device=device)
+    module = build_module(run_passes(folder.spec, Degrees()).program, dtype=DTYPES[dtype], device=device)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(as_torch(folder.weights.read(name)))

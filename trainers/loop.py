@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from archwright.compiler.distributed.apply import apply_plan, make_mesh
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.module import DTYPES
-from archwright.compiler.passes import degrees_of, lower, partition
+from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.weights.folder import ModelFolder, open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, SafetensorsWeights, Weights
 from archwright.spec import ArchwrightError, Spec, spec_digest
@@ -69,7 +69,7 @@ def make_trainer(spec: Spec, inputs: Inputs, start: Start, device: torch.device)
 def _make_module(
     spec: Spec, train: Pretrain | Sft, start: Start, device: torch.device, mesh: DeviceMesh | None
 ) -> TorchProgram:
-    plan = partition(lower(spec), degrees_of(spec.parallel))
+    plan = run_passes(spec, degrees_of(spec.parallel))
     weights: Weights = GeneratedWeights(params=plan.program.params(), seed=train.seed)
     if start.checkpoint is not None:
         weights = SafetensorsWeights(start.checkpoint)
