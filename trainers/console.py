@@ -9,25 +9,25 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+_COLUMNS = (
+    TextColumn("step"),
+    MofNCompleteColumn(),
+    BarColumn(),
+    TextColumn("{task.fields[text]}"),
+    TextColumn("ETA"),
+    TimeRemainingColumn(),
+)
+
 
 class Reporter:
-    """Shows a training of `steps` steps. A rank that does not show anything gets `QuietReporter`."""
+    """Shows a training of `steps` steps, of which `done` are behind."""
 
     def __init__(self, run: Path, *, steps: int, done: int, log_every: int) -> None:
         self._log = (run / "log.txt").open("a")
         self._steps, self._log_every = steps, log_every
         self._first, self._started = done, time.monotonic()
-        self._bar: Progress | None = None
-        if sys.stdout.isatty():
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TextColumn("{task.fields[text]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console())
+        self._bar = Progress(*_COLUMNS, console=Console()) if sys.stdout.isatty() else None
+        if self._bar is not None:
             self._task = self._bar.add_task("train", total=steps, completed=done, text="")
             self._bar.start()
 

@@ -94,7 +94,8 @@ def global_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
     """
     tensors = list(tensors)
     locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    squares = torch.stack(torch._foreach_norm(locals_)).double().square()
+    norms = torch._foreach_norm(locals_)  # pyright: ignore[reportPrivateImportUsage]
+    squares = torch.stack(norms).double().square()
     meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
     if not meshes:
         return squares.sum().sqrt()
@@ -109,7 +110,7 @@ def global_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 def scale_(tensors: Iterable[torch.Tensor], factor: torch.Tensor) -> None:
     """Multiply every tensor in place."""
     locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    torch._foreach_mul_(locals_, factor.to(locals_[0].dtype))
+    torch._foreach_mul_(locals_, factor.to(locals_[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _copy(array: Array, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
