@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import prod
 
-from archwright.compiler.blocks import DecoderLayer
+from archwright.compiler.blocks import DecoderLayer, Norm, RMSNorm, SwiGLU
 from archwright.compiler.ir import Param, Plan, Program
 from archwright.spec.models import Build, Train
 
@@ -95,13 +95,15 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
 
     Of each layer, with e bytes a value and w = max(4, e) where the mathematics is at least float32, local sizes:
 
-        norm         w·D its input widened, w the root, e·D the normalised value, e·D its output (a matrix's input)
+        RMSNorm      w·D its input widened, w the root, e·D the normalised value, e·D its output (a matrix's input)
+        LayerNorm    w·D its input widened, 2·w its moments, e·D its output
         attention    e·H·(N + K + K) q, k, v after the rotation; e·H·N its output; w·N the softmax's logarithm
-        feed-forward e·F·4: gate, up, silu(gate), their product
+        SwiGLU       e·F·4: gate, up, silu(gate), their product
+        GELU         e·F·2: its input, its output
 
-    A layer has two norms: 2·(D·(w + 2e) + w) + e·H·(2N + 2K) + w·N + 4·e·F. Residual sums keep nothing. After the
-    layers comes the final norm; its output gives way to its gradient, which the loss forms in the forward. A test holds
-    this against what autograd saves. Compiled layers keep less; on CPUs the attention's output is copied once more.
+    A layer has two norms. Residual sums keep nothing. After the layers comes the final norm; its output gives way to
+    its gradient, which the loss forms in the forward. A test holds this against what autograd saves. Compiled layers
+    keep less; on CPUs the attention's output is copied once more.
     """
     e, w = compute_bytes, max(4, compute_bytes)
     total, norm = 0, 0
@@ -109,12 +111,18 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
         layer = segment.block
         if not isinstance(layer, DecoderLayer):
             continue
-        hidden = layer.input_layernorm.weight.size
+        norm = _norm_bytes(layer.input_layernorm, e, w)
         q_width, kv_width = layer.self_attn.q_proj.weight.shape[0], layer.self_attn.k_proj.weight.shape[0]
-        heads, inner = q_width // layer.self_attn.head_dim, layer.mlp.up_proj.weight.shape[0]
-        norm = hidden * (w + 2 * e) + w
-        total += 2 * norm + e * (2 * q_width + 2 * kv_width) + w * heads + 4 * e * inner
+        heads = q_width // layer.self_attn.head_dim
+        mlp = layer.mlp
+        inner = 4 * mlp.up_proj.weight.shape[0] if isinstance(mlp, SwiGLU) else 2 * mlp.fc1.weight.shape[0]
+        total += 2 * norm + e * (2 * q_width + 2 * kv_width) + w * heads + e * inner
     return total + norm
+
+
+def _norm_bytes(norm: Norm, e: int, w: int) -> int:
+    hidden = norm.weight.size
+    return hidden * (w + 2 * e) + w if isinstance(norm, RMSNorm) else hidden * (w + e) + 2 * w
 
 
 def _loss_bytes(program: Program, tokens: int, compute_bytes: int) -> int:

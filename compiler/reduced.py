@@ -1,8 +1,9 @@
 """A spec made small: the same kinds of blocks and the same sharding, at a size where everything can be computed."""
 
-from archwright.compiler.passes.lower import head_dim
+from collections import Counter
+
 from archwright.spec import Spec
-from archwright.spec.models import Parallel
+from archwright.spec.models import Layer, LayerRun, Model, Parallel
 
 MAX_HIDDEN = 512
 MAX_FFN = 1024
@@ -12,39 +13,48 @@ LAYERS = 2
 
 
 def reduced(spec: Spec) -> Spec:
-    """`spec` with two layers, hidden size ≤ 512, vocabulary ≤ 1,024, feed-forward ≤ 1,024 and ≤ 1,024 positions.
+    """`spec` with at most two layers of each kind, in order, and hidden size ≤ 512, vocabulary ≤ 1,024, feed-forward
+    ≤ 1,024 and ≤ 1,024 positions.
 
     Kept are the width of a head, the query heads to each key/value head, and how key/value heads meet the tensor
     degree of `build`: split (one to each rank is enough) or replicated (all of them are needed). Sections that
     building does not read are left out.
     """
-    model, attention = spec.model, spec.model.layer.attention
-    degree = spec.build.parallel.tensor
-    kv_heads = attention.kv_heads or attention.heads
-    few = degree if kv_heads % degree == 0 else kv_heads
-    sizes = {
-        "heads": attention.heads // kv_heads * few,
-        "kv_heads": few,
-        "head_dim": head_dim(model, attention),
-    }
-    ffn = model.layer.ffn
-    inner = min(ffn.hidden_size, MAX_FFN // degree * degree)
-    layer = model.layer.model_copy(
-        update={
-            "attention": attention.model_copy(update=sizes),
-            "ffn": ffn.model_copy(update={"hidden_size": inner}),
-        }
+    model, degree = spec.model, spec.build.parallel.tensor
+    kinds = Counter({run.layer: 0 for run in model.runs})
+    for run in model.runs:
+        kinds[run.layer] += run.repeat
+    stack = tuple(
+        LayerRun(repeat=min(LAYERS, count), layer=_small(model, layer, degree)) for layer, count in kinds.items()
     )
     small = model.model_copy(
         update={
-            "layers": min(LAYERS, model.layers),
+            "layers": stack,
+            "layer": None,
             "hidden_size": min(model.hidden_size, MAX_HIDDEN),
             "vocab_size": min(model.vocab_size, MAX_VOCAB),
             "max_positions": min(model.max_positions, MAX_POSITIONS),
-            "layer": layer,
         }
     )
     capacity = spec.build.max_positions and min(spec.build.max_positions, MAX_POSITIONS)
     build = spec.build.model_copy(update={"max_positions": capacity, "profiles": ()})
     rest = {"extends": None, "tokenizer": None, "data": None, "train": None, "parallel": Parallel()}
     return Spec.model_validate(spec.model_copy(update=rest | {"model": small, "build": build}).model_dump())
+
+
+def _small(model: Model, layer: Layer, degree: int) -> Layer:
+    attention = layer.attention
+    kv_heads = attention.kv_heads or attention.heads
+    few = degree if kv_heads % degree == 0 else kv_heads
+    sizes = {
+        "heads": attention.heads // kv_heads * few,
+        "kv_heads": few,
+        "head_dim": model.head_dim(attention),
+    }
+    inner = min(layer.ffn.hidden_size, MAX_FFN // degree * degree)
+    return layer.model_copy(
+        update={
+            "attention": attention.model_copy(update=sizes),
+            "ffn": layer.ffn.model_copy(update={"hidden_size": inner}),
+        }
+    )

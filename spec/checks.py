@@ -8,17 +8,13 @@ from dataclasses import dataclass, field
 
 from archwright.spec.diagnostics import span_of
 from archwright.spec.errors import Diagnostic
-from archwright.spec.models import Llama3Scaling, Range, SentencePieceTokenizer, Spec
+from archwright.spec.models import Layer, Llama3Scaling, Range, SentencePieceTokenizer, Spec
 from archwright.spec.source import MapNode, fault, find
 from archwright.spec.structure import Path, parse_path
 
-TENSOR_DEGREES = (1, 2, 4)
+TENSOR_DEGREES = (1, 2, 4, 8)
 """What this version partitions, trains and builds."""
 
-_HEADS = "model.layer.attention.heads"
-_KV_HEADS = "model.layer.attention.kv_heads"
-_HEAD_DIM = "model.layer.attention.head_dim"
-_FFN = "model.layer.ffn.hidden_size"
 _MAX_POSITIONS = "model.max_positions"
 
 
@@ -56,48 +52,78 @@ def _place(finding: Finding, tree: MapNode) -> Diagnostic:
     )  # fmt: skip
 
 
-def _kv_heads_divide_heads(spec: Spec) -> Iterator[Finding]:
-    heads, kv_heads = spec.model.layer.attention.heads, spec.model.layer.attention.kv_heads
-    if kv_heads and heads % kv_heads:
+def _layers(spec: Spec) -> Iterator[tuple[str, Layer]]:
+    """Each layer that the spec spells out, with its path."""
+    model = spec.model
+    if isinstance(model.layers, tuple):
+        yield from ((f"model.layers[{index}].layer", run.layer) for index, run in enumerate(model.layers))
+    elif model.layer is not None:
+        yield "model.layer", model.layer
+
+
+def _stack_is_written_once(spec: Spec) -> Iterator[Finding]:
+    model = spec.model
+    if isinstance(model.layers, tuple) and model.layer is not None:
         yield Finding(
-            code="SPEC020", path=_KV_HEADS, others={_HEADS: heads},
-            message=f"`heads` ({heads}) is not divisible by `kv_heads` ({kv_heads})",
-            label=f"{heads} query heads cannot share {kv_heads} key/value heads evenly",
-            help=f"use kv_heads: {_nearest(kv_heads, _divisors(heads))}, or set heads to a multiple of {kv_heads}",
+            code="SPEC038", path="model.layer", message="`model.layer` stands beside a mixed stack",
+            label="the runs of `model.layers` bring their own layers", help="remove it",
+        )  # fmt: skip
+    if not isinstance(model.layers, tuple) and model.layer is None:
+        yield Finding(
+            code="SPEC012", path="model.layers", message="`layer` is missing in `model`",
+            label=f"{model.layers} of which layer?", help="add `layer:`, a mapping with attention and ffn",
         )  # fmt: skip
 
 
+def _kv_heads_divide_heads(spec: Spec) -> Iterator[Finding]:
+    for path, layer in _layers(spec):
+        heads, kv_heads = layer.attention.heads, layer.attention.kv_heads
+        if kv_heads and heads % kv_heads:
+            yield Finding(
+                code="SPEC020", path=f"{path}.attention.kv_heads", others={f"{path}.attention.heads": heads},
+                message=f"`heads` ({heads}) is not divisible by `kv_heads` ({kv_heads})",
+                label=f"{heads} query heads cannot share {kv_heads} key/value heads evenly",
+                help=f"use kv_heads: {_nearest(kv_heads, _divisors(heads))}, or set heads to a multiple of {kv_heads}",
+            )  # fmt: skip
+
+
+def _layers_and_degrees(spec: Spec) -> Iterator[tuple[str, Layer, str, int]]:
+    for path, layer in _layers(spec):
+        for degree_path, degree in _tensor_degrees(spec):
+            yield path, layer, degree_path, degree
+
+
 def _tensor_splits_heads(spec: Spec) -> Iterator[Finding]:
-    heads = spec.model.layer.attention.heads
-    for path, degree in _tensor_degrees(spec):
+    for path, layer, degree_path, degree in _layers_and_degrees(spec):
+        heads = layer.attention.heads
         if heads % degree:
             yield Finding(
-                code="SPEC021", path=_HEADS, others={path: degree},
-                message=f"`heads` ({heads}) is not divisible by `{path}` ({degree})",
+                code="SPEC021", path=f"{path}.attention.heads", others={degree_path: degree},
+                message=f"`heads` ({heads}) is not divisible by `{degree_path}` ({degree})",
                 label=f"{heads} query heads cannot be split over {degree} ranks",
                 help=f"use tensor: {_nearest_degree(heads, degree)}, or set heads to a multiple of {degree}",
             )  # fmt: skip
 
 
 def _tensor_splits_kv_heads(spec: Spec) -> Iterator[Finding]:
-    kv_heads = spec.model.layer.attention.kv_heads or spec.model.layer.attention.heads
-    for path, degree in _tensor_degrees(spec):
+    for path, layer, degree_path, degree in _layers_and_degrees(spec):
+        kv_heads = layer.attention.kv_heads or layer.attention.heads
         if kv_heads % degree and degree % kv_heads:
             yield Finding(
-                code="SPEC022", path=_KV_HEADS, others={path: degree},
-                message=f"`kv_heads` ({kv_heads}) and `{path}` ({degree}): neither divides the other",
+                code="SPEC022", path=f"{path}.attention.kv_heads", others={degree_path: degree},
+                message=f"`kv_heads` ({kv_heads}) and `{degree_path}` ({degree}): neither divides the other",
                 label=f"{kv_heads} key/value heads can be neither split over {degree} ranks nor copied to them",
                 help=f"use tensor: {_nearest_degree(kv_heads, degree)}, or a kv_heads that {degree} divides",
             )  # fmt: skip
 
 
 def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
-    width = spec.model.layer.ffn.hidden_size
-    for path, degree in _tensor_degrees(spec):
+    for path, layer, degree_path, degree in _layers_and_degrees(spec):
+        width = layer.ffn.hidden_size
         if width % degree:
             yield Finding(
-                code="SPEC023", path=_FFN, others={path: degree},
-                message=f"`ffn.hidden_size` ({width}) is not divisible by `{path}` ({degree})",
+                code="SPEC023", path=f"{path}.ffn.hidden_size", others={degree_path: degree},
+                message=f"`ffn.hidden_size` ({width}) is not divisible by `{degree_path}` ({degree})",
                 label=f"{width} inner channels cannot be split over {degree} ranks",
                 help=f"use hidden_size: {_nearest_multiple(width, degree)}, "
                 f"or tensor: {_nearest_degree(width, degree)}",
@@ -105,30 +131,35 @@ def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
 
 
 def _heads_divide_hidden_size(spec: Spec) -> Iterator[Finding]:
-    hidden, attention = spec.model.hidden_size, spec.model.layer.attention
-    if attention.head_dim is None and hidden % attention.heads:
-        legal = [heads for heads in _divisors(hidden) if hidden // heads % 2 == 0] or [1]
-        yield Finding(
-            code="SPEC024", path=_HEADS, others={"model.hidden_size": hidden},
-            message=f"`hidden_size` ({hidden}) is not divisible by `heads` ({attention.heads})",
-            label=f"{hidden} / {attention.heads} is no whole head_dim, and none is given",
-            help=f"use heads: {_nearest(attention.heads, legal)}, or give head_dim",
-        )  # fmt: skip
+    hidden = spec.model.hidden_size
+    for path, layer in _layers(spec):
+        heads = layer.attention.heads
+        if layer.attention.head_dim is None and hidden % heads:
+            legal = [count for count in _divisors(hidden) if hidden // count % 2 == 0] or [1]
+            yield Finding(
+                code="SPEC024", path=f"{path}.attention.heads", others={"model.hidden_size": hidden},
+                message=f"`hidden_size` ({hidden}) is not divisible by `heads` ({heads})",
+                label=f"{hidden} / {heads} is no whole head_dim, and none is given",
+                help=f"use heads: {_nearest(heads, legal)}, or give head_dim",
+            )  # fmt: skip
 
 
 def _head_dim_is_even(spec: Spec) -> Iterator[Finding]:
-    hidden, attention = spec.model.hidden_size, spec.model.layer.attention
-    if attention.head_dim is None and hidden % attention.heads:
-        return
-    head_dim = attention.head_dim or hidden // attention.heads
-    if head_dim % 2:
-        given = attention.head_dim is not None
-        yield Finding(
-            code="SPEC025", path=_HEAD_DIM if given else _HEADS, others={} if given else {"model.hidden_size": hidden},
-            message=f"`head_dim` ({head_dim}) is odd",
-            label=f"rope rotates pairs of channels, {head_dim} has one left over",
-            help=f"use head_dim: {head_dim + 1}",
-        )  # fmt: skip
+    hidden = spec.model.hidden_size
+    for path, layer in _layers(spec):
+        attention = layer.attention
+        if attention.position.kind != "rope" or (attention.head_dim is None and hidden % attention.heads):
+            continue
+        head_dim = spec.model.head_dim(attention)
+        if head_dim % 2:
+            given = attention.head_dim is not None
+            yield Finding(
+                code="SPEC025", path=f"{path}.attention.{'head_dim' if given else 'heads'}",
+                others={} if given else {"model.hidden_size": hidden},
+                message=f"`head_dim` ({head_dim}) is odd",
+                label=f"rope rotates pairs of channels, {head_dim} has one left over",
+                help=f"use head_dim: {head_dim + 1}",
+            )  # fmt: skip
 
 
 def _supported_tensor_degree(spec: Spec) -> Iterator[Finding]:
@@ -263,10 +294,13 @@ def _ranges_fit_limits(spec: Spec) -> Iterator[Finding]:
 
 
 def _rope_scaling_is_sane(spec: Spec) -> Iterator[Finding]:
-    scaling = spec.model.layer.attention.position.scaling
-    path = "model.layer.attention.position.scaling"
-    if not isinstance(scaling, Llama3Scaling):
-        return
+    for layer_path, layer in _layers(spec):
+        position = layer.attention.position
+        if position.kind == "rope" and position.scaling is not None:
+            yield from _scaling_is_sane(f"{layer_path}.attention.position.scaling", position.scaling)
+
+
+def _scaling_is_sane(path: str, scaling: Llama3Scaling) -> Iterator[Finding]:
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     if low >= high:
         yield Finding(
@@ -283,6 +317,7 @@ def _rope_scaling_is_sane(spec: Spec) -> Iterator[Finding]:
 
 
 RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
+    _stack_is_written_once,
     _kv_heads_divide_heads,
     _tensor_splits_heads,
     _tensor_splits_kv_heads,

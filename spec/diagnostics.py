@@ -73,6 +73,8 @@ def _spec_path(location: tuple[str | int, ...], tree: MapNode) -> Path:
         if len(classes) > 1:  # a tagged union: this part is the tag
             classes = shape.chosen(part)
             continue
+        if isinstance(part, str) and not classes:  # a number or a list: this part names the form
+            continue
         path = (*path, part)
         if isinstance(part, int):
             shape = shape.item

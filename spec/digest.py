@@ -2,20 +2,39 @@
 
 import hashlib
 import json
+from typing import Any
 
-from archwright.spec.models import Spec
+from archwright.spec.models import Layer, Model, Spec
 
 
 def spec_digest(spec: Spec) -> str:
     """SHA-256 of the model section's canonical JSON, in hexadecimal: equal for specs whose models compute the same.
 
-    Defaults are written out (`kv_heads`, `head_dim` too), keys sorted. Name, paths, training and build do not count,
-    nor does `init`, which says how weights begin and not what they mean.
+    Defaults are written out (`kv_heads`, `head_dim` too), keys sorted, and the stack is the list of its layers, however
+    it is written. Name, paths, training and build do not count, nor does `init`, which says how weights begin and not
+    what they mean.
     """
     model = spec.model
-    section = model.model_dump(mode="json", exclude={"init"})
-    attention = section["layer"]["attention"]
-    attention["kv_heads"] = attention["kv_heads"] or attention["heads"]
-    attention["head_dim"] = attention["head_dim"] or model.hidden_size // model.layer.attention.heads
+    section = model.model_dump(mode="json", exclude={"init", "layer", "layers"})
+    section["stack"] = [[repeat, _canonical(model, layer)] for repeat, layer in _merged(model)]
     text = json.dumps(section, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _merged(model: Model) -> list[tuple[int, Layer]]:
+    """The runs of the stack, equal neighbours as one."""
+    merged: list[tuple[int, Layer]] = []
+    for run in model.runs:
+        if merged and merged[-1][1] == run.layer:
+            merged[-1] = (merged[-1][0] + run.repeat, run.layer)
+        else:
+            merged.append((run.repeat, run.layer))
+    return merged
+
+
+def _canonical(model: Model, layer: Layer) -> dict[str, Any]:
+    section = layer.model_dump(mode="json")
+    attention = section["attention"]
+    attention["kv_heads"] = attention["kv_heads"] or attention["heads"]
+    attention["head_dim"] = model.head_dim(layer.attention)
+    return section

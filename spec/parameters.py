@@ -1,18 +1,31 @@
 """The number of parameters of an architecture, from its sizes alone; the compiler's own count must agree."""
 
-from archwright.spec.models import Spec
+from archwright.spec.models import Layer, Model, Norm, Spec
 
 
 def num_parameters(spec: Spec) -> int:
-    """Embedding, layers, final norm, and a head unless it is tied.
+    """Embedding (and one of positions), layers, final norm, and a head unless it is tied."""
+    model = spec.model
+    embeddings = model.vocab_size * (1 if model.tied_embeddings else 2)
+    if model.positions is not None:
+        embeddings += model.max_positions
+    layers = sum(run.repeat * _layer(model, run.layer) for run in model.runs)
+    return embeddings * model.hidden_size + layers + _norm(model, model.runs[-1].layer.norm)
 
-    A layer: q and o are hidden x heads * head_dim, k and v hidden x kv_heads * head_dim, the three matrices of the
-    feed-forward hidden x ffn, and two norms of hidden.
-    """
-    model, attention = spec.model, spec.model.layer.attention
-    hidden = model.hidden_size
-    head_dim = attention.head_dim or hidden // attention.heads
-    kv_heads = attention.kv_heads or attention.heads
-    layer = 2 * hidden * head_dim * (attention.heads + kv_heads) + 3 * hidden * model.layer.ffn.hidden_size + 2 * hidden
-    embeddings = model.vocab_size * hidden * (1 if model.tied_embeddings else 2)
-    return embeddings + model.layers * layer + hidden
+
+def _layer(model: Model, layer: Layer) -> int:
+    """q and o are hidden x heads · head_dim, k and v hidden x kv_heads · head_dim; the feed-forward's two or three
+    matrices hidden x ffn; a bias has the size of its matrix's output."""
+    hidden, attention, ffn = model.hidden_size, layer.attention, layer.ffn
+    queries = attention.heads * model.head_dim(attention)
+    keys = (attention.kv_heads or attention.heads) * model.head_dim(attention)
+    inner_matrices = 2 if ffn.kind == "swiglu" else 1
+    total = 2 * hidden * (queries + keys) + (inner_matrices + 1) * hidden * ffn.hidden_size
+    total += 0 if attention.bias == "none" else queries + 2 * keys
+    total += hidden if attention.bias == "all" else 0
+    total += inner_matrices * ffn.hidden_size + hidden if ffn.bias else 0
+    return total + 2 * _norm(model, layer.norm)
+
+
+def _norm(model: Model, norm: Norm) -> int:
+    return model.hidden_size * (2 if norm.kind == "layernorm" and norm.bias else 1)

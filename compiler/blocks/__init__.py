@@ -2,18 +2,25 @@
 
 from archwright.compiler.blocks.attention import GroupedQueryAttention
 from archwright.compiler.blocks.decoder import DecoderLayer, LanguageModelHead
-from archwright.compiler.blocks.embedding import Embedding
-from archwright.compiler.blocks.ffn import SwiGLU
+from archwright.compiler.blocks.embedding import Embedding, PositionedEmbedding
+from archwright.compiler.blocks.ffn import GELU, FeedForward, SwiGLU
 from archwright.compiler.blocks.linear import Linear
-from archwright.compiler.blocks.norm import RMSNorm
-from archwright.compiler.blocks.position import Rope
+from archwright.compiler.blocks.norm import LayerNorm, Norm, RMSNorm
+from archwright.compiler.blocks.position import NoPosition, Position, Rope
 
 __all__ = [
+    "GELU",
     "DecoderLayer",
     "Embedding",
+    "FeedForward",
     "GroupedQueryAttention",
     "LanguageModelHead",
+    "LayerNorm",
     "Linear",
+    "NoPosition",
+    "Norm",
+    "Position",
+    "PositionedEmbedding",
     "RMSNorm",
     "Rope",
     "SwiGLU",

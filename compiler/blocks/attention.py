@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from archwright.compiler.blocks.linear import Linear
-from archwright.compiler.blocks.position import Rope
+from archwright.compiler.blocks.position import Position
 from archwright.compiler.ir import Block, Mask, Ops, Scope, State, Step
 
 T = TypeVar("T")
@@ -25,7 +25,7 @@ class GroupedQueryAttention(Block):
     k_proj: Linear
     v_proj: Linear
     o_proj: Linear
-    position: Rope
+    position: Position
     mask: Mask
     head_dim: int
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from archwright.compiler.blocks.attention import GroupedQueryAttention
-from archwright.compiler.blocks.ffn import SwiGLU
+from archwright.compiler.blocks.ffn import FeedForward
 from archwright.compiler.blocks.linear import Linear
-from archwright.compiler.blocks.norm import RMSNorm
+from archwright.compiler.blocks.norm import Norm
 from archwright.compiler.ir import Block, Ops, Scope, Step, child
 
 T = TypeVar("T")
@@ -16,10 +16,10 @@ T = TypeVar("T")
 class DecoderLayer(Block):
     """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    input_layernorm: RMSNorm
+    input_layernorm: Norm
     self_attn: GroupedQueryAttention
-    post_attention_layernorm: RMSNorm
-    mlp: SwiGLU
+    post_attention_layernorm: Norm
+    mlp: FeedForward
 
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> T:
         x_BSD = x_BSD + m.self_attn(m.input_layernorm(x_BSD), step)
@@ -33,7 +33,7 @@ class LanguageModelHead(Block):
     A tied head's weight shares the embedding's parameter (`Param.share`).
     """
 
-    norm: RMSNorm = child("model.norm")
+    norm: Norm = child("model.norm")
     lm_head: Linear = child("lm_head")
 
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> Any:

@@ -19,3 +19,18 @@ class SwiGLU(Block):
 
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
         return m.down_proj(ops.silu(m.gate_proj(x_BSD)) * m.up_proj(x_BSD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GELU(Block):
+    """fc2(gelu(fc1(x))) (Hendrycks & Gimpel 2016). approximation: none, or tanh for GPT-2's formula."""
+
+    fc1: Linear
+    fc2: Linear
+    approximation: str
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
+        return m.fc2(ops.gelu(m.fc1(x_BSD), self.approximation))
+
+
+FeedForward = SwiGLU | GELU

@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Positions inside attention."""
 
 from dataclasses import dataclass
 from typing import TypeVar
@@ -17,3 +17,14 @@ class Rope(Block):
 
     def forward(self, ops: Ops[T], m: Scope[T], x_BNSH: T, step: Step[T]) -> T:
         return ops.rope(x_BNSH, self.table, step)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPosition(Block):
+    """Leaves queries and keys as they are."""
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BNSH: T, step: Step[T]) -> T:
+        return x_BNSH
+
+
+Position = Rope | NoPosition

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
-from archwright.compiler.blocks import Embedding
+from archwright.compiler.blocks import Embedding, PositionedEmbedding
 from archwright.compiler.ir import Block, Instance, Mask, Param, Program, RopeTable, Segment, Split, Step
 from archwright.spec import ArchwrightError
 
@@ -128,10 +128,14 @@ class CostOps:
     def param(self, name: str, param: Param) -> Shaped:
         return Shaped(shape=param.shape, split=param.split if self._splits is None else self._splits[name])
 
-    def linear(self, x: Shaped, weight: Shaped, *, reduce: str | None) -> Shaped:
+    def linear(self, x: Shaped, weight: Shaped, bias: Shaped | None, *, reduce: str | None) -> Shaped:
         if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
             raise Disagreement("IR008", f"{list(x.shape)} meets a matrix {list(weight.shape)} of [out, in]")
         y = Shaped(shape=(*x.shape[:-1], weight.shape[0]), sharded=self._linear_placement(x, weight.split, reduce))
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise Disagreement("IR008", f"a bias {list(bias.shape)} meets a matrix {list(weight.shape)} of [out, in]")
+        if bias is not None and (bias.split and bias.split.mesh_axis) != y.sharded:
+            raise Disagreement("IR009", f"the output is {_place(y)}, and the bias is cut otherwise")
         self._count("linear", 2 * prod(x.shape) * weight.shape[0], reduced=prod(y.shape) if reduce else 0)
         return y
 
@@ -157,13 +161,23 @@ class CostOps:
         return Shaped(shape=(*ids_BS.shape, weight_VD.shape[1]))
 
     def rms_norm(self, x_BSD: Shaped, weight_D: Shaped, eps: float) -> Shaped:
-        if weight_D.shape != x_BSD.shape[-1:]:
-            raise Disagreement("IR008", f"{list(x_BSD.shape)} meets a norm of {list(weight_D.shape)}")
-        if x_BSD.sharded or weight_D.split:
-            raise Disagreement("IR009", "a norm over a sharded dim")
+        return self._norm(x_BSD, weight_D)
+
+    def layer_norm(self, x_BSD: Shaped, weight_D: Shaped, bias_D: Shaped | None, eps: float) -> Shaped:
+        return self._norm(x_BSD, weight_D, *([] if bias_D is None else [bias_D]))
+
+    def _norm(self, x_BSD: Shaped, *vectors: Shaped) -> Shaped:
+        for vector in vectors:
+            if vector.shape != x_BSD.shape[-1:]:
+                raise Disagreement("IR008", f"{list(x_BSD.shape)} meets a norm of {list(vector.shape)}")
+            if x_BSD.sharded or vector.split:
+                raise Disagreement("IR009", "a norm over a sharded dim")
         return x_BSD.plain()
 
     def silu(self, x: Shaped) -> Shaped:
+        return x.plain()
+
+    def gelu(self, x: Shaped, approximation: str) -> Shaped:
         return x.plain()
 
     def split_heads(self, x: Shaped, head_dim: int) -> Shaped:
@@ -215,7 +229,7 @@ class CostOps:
     def linear_cross_entropy(self, x_BSD: Shaped, weight_VD: Shaped, targets_BS: Shaped) -> tuple[Shaped, Shaped]:
         if targets_BS.shape != x_BSD.shape[:-1]:
             raise Disagreement("IR008", f"{list(x_BSD.shape)} meets targets {list(targets_BS.shape)}")
-        self.linear(x_BSD, weight_VD, reduce=None)
+        self.linear(x_BSD, weight_VD, None, reduce=None)
         return Shaped(shape=()), Shaped(shape=())
 
     def _count(self, op: str, flops: int, *, causal: int | None = None, reduced: int = 0) -> None:
@@ -278,7 +292,7 @@ def run_cost(
         return CostScope(segment.block, segment.path, ops, sites)
 
     x = tokens_BS
-    if not isinstance(program.segments[0].block, Embedding):
+    if not isinstance(program.segments[0].block, Embedding | PositionedEmbedding):
         x = Shaped(shape=(batch, sequence, _hidden_size(program)))
     output = program.run(bind, x, step)
     return ProgramCost(output=output, costs=tuple(ops.costs), reads=frozenset(ops.reads), states=tuple(ops.states))

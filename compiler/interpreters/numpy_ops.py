@@ -4,6 +4,7 @@ B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V v
 P cache capacity.
 """
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from archwright.compiler.ir import Mask, Param, Program, RopeTable, Step
+from archwright.compiler.ir import Mask, Param, Program, RopeTable, Step, Window
 from archwright.compiler.ir.program import instance_of
 
 Array = NDArray[Any]
@@ -35,8 +36,8 @@ class NumpyOps:
         assert weight.shape == param.shape, f"{name} is {weight.shape}, its block says {param.shape}"
         return weight
 
-    def linear(self, x: Array, weight: Array, *, reduce: str | None) -> Array:
-        return x @ weight.T
+    def linear(self, x: Array, weight: Array, bias: Array | None, *, reduce: str | None) -> Array:
+        return x @ weight.T if bias is None else x @ weight.T + bias
 
     def embed(self, ids_BS: Array, weight_VD: Array) -> Array:
         return weight_VD[ids_BS]
@@ -44,8 +45,18 @@ class NumpyOps:
     def rms_norm(self, x_BSD: Array, weight_D: Array, eps: float) -> Array:
         return x_BSD / np.sqrt(np.mean(x_BSD**2, axis=-1, keepdims=True) + eps) * weight_D
 
+    def layer_norm(self, x_BSD: Array, weight_D: Array, bias_D: Array | None, eps: float) -> Array:
+        centred_BSD = x_BSD - np.mean(x_BSD, axis=-1, keepdims=True)
+        y_BSD = centred_BSD / np.sqrt(np.mean(centred_BSD**2, axis=-1, keepdims=True) + eps) * weight_D
+        return y_BSD if bias_D is None else y_BSD + bias_D
+
     def silu(self, x: Array) -> Array:
         return x * 0.5 * (1 + np.tanh(0.5 * x))  # x · sigmoid(x), without overflow
+
+    def gelu(self, x: Array, approximation: str) -> Array:
+        if approximation == "tanh":
+            return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
 
     def split_heads(self, x: Array, head_dim: int) -> Array:
         return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
@@ -74,7 +85,10 @@ class NumpyOps:
         groups = q_BNSH.shape[1] // k_BKLH.shape[1]
         k_BNLH, v_BNLH = np.repeat(k_BKLH, groups, axis=1), np.repeat(v_BKLH, groups, axis=1)
         keys_BL = step.positions_BS if step.kv_positions_L is None else step.kv_positions_L[None]
-        visible_B1SL = (keys_BL[:, None, :] <= step.positions_BS[:, :, None])[:, None]
+        distance_B1SL = (step.positions_BS[:, :, None] - keys_BL[:, None, :])[:, None]
+        visible_B1SL = distance_B1SL >= 0
+        if isinstance(mask, Window):
+            visible_B1SL &= distance_B1SL < mask.size
         score_BNSL = np.where(visible_B1SL, scale * (q_BNSH @ k_BNLH.swapaxes(2, 3)), -np.inf)
         weight_BNSL = np.exp(score_BNSL - score_BNSL.max(axis=-1, keepdims=True))
         return weight_BNSL / weight_BNSL.sum(axis=-1, keepdims=True) @ v_BNLH

@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from archwright.compiler.ir import Mask, Param, RopeTable, Step
+from archwright.compiler.ir import Causal, Mask, Param, RopeTable, Step, Window
 
 OPSET = 24
 DOMAIN = "archwright"
@@ -172,7 +172,7 @@ class OnnxOps:
             self.externals[name] = External(value=value, source=source, transposed=transposed)
         return Tensor(self.externals[name].value, self)
 
-    def linear(self, x: Tensor, weight: Weight, *, reduce: str | None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Weight | None, *, reduce: str | None) -> Tensor:
         rows, columns = weight.param.shape
         if weight.param.share is None:
             # [in, out] is what MatMul multiplies with and what weight-only quantisation needs; transposing costs the
@@ -182,7 +182,8 @@ class OnnxOps:
             plain = self._stored(weight)
             matrix = self.emit("Transpose", [plain], name="linear/transpose", shape=(columns, rows), perm=[1, 0])
         y = self.emit("MatMul", [x, matrix], name="linear", shape=(*x.shape[:-1], rows))
-        return y if reduce is None else self._all_reduce(y, self.degrees[reduce])
+        y = y if reduce is None else self._all_reduce(y, self.degrees[reduce])
+        return y if bias is None else self.emit("Add", [y, self._stored(bias)], name="linear/bias")
 
     def _all_reduce(self, x: Tensor, degree: int) -> Tensor:
         return self.emit(
@@ -206,8 +207,15 @@ class OnnxOps:
         inputs = [x_BSD, self._stored(weight_D)]
         return self.emit("RMSNormalization", inputs, name="rms_norm", axis=-1, epsilon=eps, stash_type=1)
 
+    def layer_norm(self, x_BSD: Tensor, weight_D: Weight, bias_D: Weight | None, eps: float) -> Tensor:
+        inputs = [x_BSD, self._stored(weight_D), *([] if bias_D is None else [self._stored(bias_D)])]
+        return self.emit("LayerNormalization", inputs, name="layer_norm", axis=-1, epsilon=eps, stash_type=1)
+
     def silu(self, x: Tensor) -> Tensor:
         return self.emit("Mul", [x, self.emit("Sigmoid", [x], name="silu/sigmoid")], name="silu")
+
+    def gelu(self, x: Tensor, approximation: str) -> Tensor:
+        return self.emit("Gelu", [x], name="gelu", approximate=approximation)
 
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         batch, sequence, width = x.shape
@@ -283,25 +291,29 @@ class OnnxOps:
 
     def _visible(self, mask: Mask, step: Step[Tensor]) -> Tensor:
         """The boolean mask [B, 1, S, L] of a mask value, made once for all layers that have it."""
-        key = f"mask/{type(mask).__name__.lower()}"
+        key = f"mask/{mask.key}"
         if key not in self._shared:
-            assert step.kv_positions_L is not None
-            batch, sequence = step.positions_BS.shape
             with self.scope(""):
-                query_B1S1 = self.emit(
-                    "Unsqueeze",
-                    [step.positions_BS, self._integers(1, 3)],
-                    name=f"{key}/query",
-                    shape=(batch, 1, sequence, 1),
+                visible = self._compare(
+                    "LessOrEqual", step, 0, name=key if isinstance(mask, Causal) else f"{key}/causal"
                 )
-                self._shared[key] = self.emit(
-                    "LessOrEqual",
-                    [step.kv_positions_L, query_B1S1],
-                    name=key,
-                    shape=(batch, 1, sequence, num_visible_of(step)),
-                    dtype=ir.DataType.BOOL,
-                )
+                if isinstance(mask, Window):
+                    recent = self._compare("Greater", step, mask.size, name=f"{key}/recent")
+                    visible = self.emit("And", [visible, recent], name=key)
+            self._shared[key] = visible
         return self._shared[key]
+
+    def _compare(self, op: str, step: Step[Tensor], offset: int, *, name: str) -> Tensor:
+        """Boolean [B, 1, S, L]: kv_position `op` (position - offset)."""
+        assert step.kv_positions_L is not None
+        batch, sequence = step.positions_BS.shape
+        query = step.positions_BS
+        if offset:
+            query = self.emit("Sub", [query, self._integers(offset)], name=f"{name}/offset")
+        axes = self._integers(1, 3)
+        query_B1S1 = self.emit("Unsqueeze", [query, axes], name=f"{name}/query", shape=(batch, 1, sequence, 1))
+        shape = (batch, 1, sequence, num_visible_of(step))
+        return self.emit(op, [step.kv_positions_L, query_B1S1], name=name, shape=shape, dtype=ir.DataType.BOOL)
 
     def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Weight, targets_BS: Tensor) -> Any:
         raise AssertionError("graphs are made for inference: their steps have no targets")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import Rope
+from archwright.compiler.blocks import GroupedQueryAttention, Rope
 from archwright.compiler.interpreters.torch_ops import TorchOps, TorchStep, make_step
 from archwright.compiler.ir import Block, Param, Program, RopeTable, Segment
 
@@ -86,6 +86,7 @@ class TorchProgram(nn.Module):
         self._tables: dict[str, RopeTable] = {
             block.table.key: block.table for _, block in program.blocks() if isinstance(block, Rope)
         }
+        self._masks = {block.mask for _, block in program.blocks() if isinstance(block, GroupedQueryAttention)}
         self._by_path: dict[str, BlockModule] = {}
         owners: dict[str, BlockModule] = {}
         for segment in program.segments:
@@ -132,6 +133,7 @@ class TorchProgram(nn.Module):
     ) -> Any:
         step: TorchStep = make_step(
             self._tables,
+            self._masks,
             ids_BS,
             self.ops.dtype,
             positions_BS=positions_BS,

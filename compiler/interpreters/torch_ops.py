@@ -4,7 +4,7 @@ B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V v
 P cache capacity, T = B · S tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,17 +15,21 @@ from torch.distributed.tensor import DTensor
 
 from archwright.compiler.distributed.collectives import copy_to, reduce_from
 from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy
-from archwright.compiler.ir import Mask, Param, RopeTable, Step
+from archwright.compiler.ir import Mask, Param, RopeTable, Step, Window
 
 Tensor = torch.Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
 class TorchStep(Step[Tensor]):
-    """A step with what is the same in every layer, computed once: rotations by table, the mask of the cache."""
+    """A step with what many layers share, computed once.
+
+    rotations: cos and sin [B, 1, S, H/2] by the table's key. visible: boolean [B, 1, S, L] by the mask's key; a mask
+    that is not there is plainly causal.
+    """
 
     rotations: Mapping[str, tuple[Tensor, Tensor]]
-    visible_B1SL: Tensor | None = None
+    visible: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +57,12 @@ class TorchOps:
         # Fewer key/value heads than ranks: the weight is replicated, each rank uses one head and adds its gradient.
         return copy_to(local, self.groups[split.mesh_axis])[split.slices(param.shape, self.ranks[split.mesh_axis])]
 
-    def linear(self, x: Tensor, weight: Tensor, *, reduce: str | None) -> Tensor:
-        y = F.linear(x, weight.to(x.dtype))
-        return y if reduce is None else reduce_from(y, self.groups[reduce])
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, reduce: str | None) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        if reduce is None:
+            return F.linear(x, weight.to(x.dtype), bias)
+        y = reduce_from(F.linear(x, weight.to(x.dtype)), self.groups[reduce])
+        return y if bias is None else y + bias
 
     def embed(self, ids_BS: Tensor, weight_VD: Tensor) -> Tensor:
         return F.embedding(ids_BS, weight_VD).to(self.dtype)
@@ -65,8 +72,16 @@ class TorchOps:
         normed_BSD = wide_BSD * torch.rsqrt(wide_BSD.square().mean(-1, keepdim=True) + eps)
         return normed_BSD.to(x_BSD.dtype) * weight_D.to(x_BSD.dtype)
 
+    def layer_norm(self, x_BSD: Tensor, weight_D: Tensor, bias_D: Tensor | None, eps: float) -> Tensor:
+        wide = _at_least_float32(x_BSD.dtype)
+        bias_D = None if bias_D is None else bias_D.to(wide)
+        return F.layer_norm(x_BSD.to(wide), weight_D.shape, weight_D.to(wide), bias_D, eps).to(x_BSD.dtype)
+
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)
+
+    def gelu(self, x: Tensor, approximation: str) -> Tensor:
+        return F.gelu(x, approximate=approximation)
 
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
@@ -92,12 +107,13 @@ class TorchOps:
     def attention(
         self, q_BNSH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, *, mask: Mask, scale: float, step: TorchStep
     ) -> Tensor:
+        visible_B1SL = step.visible.get(mask.key)
         return F.scaled_dot_product_attention(
             q_BNSH,
             k_BKLH,
             v_BKLH,
-            attn_mask=step.visible_B1SL,
-            is_causal=step.visible_B1SL is None,
+            attn_mask=visible_B1SL,
+            is_causal=visible_B1SL is None,
             scale=scale,
             enable_gqa=q_BNSH.shape[1] != k_BKLH.shape[1],
         )
@@ -113,6 +129,7 @@ class TorchOps:
 
 def make_step(
     tables: Mapping[str, RopeTable],
+    masks: Iterable[Mask],
     ids_BS: Tensor,
     dtype: torch.dtype,
     *,
@@ -132,8 +149,22 @@ def make_step(
         kv_positions_L=kv_positions_L,
         targets_BS=targets_BS,
         rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
-        visible_B1SL=None if kv_positions_L is None else kv_positions_L <= positions_BS[:, None, :, None],
+        visible=_visible(masks, positions_BS, kv_positions_L),
     )
+
+
+def _visible(masks: Iterable[Mask], positions_BS: Tensor, kv_positions_L: Tensor | None) -> dict[str, Tensor]:
+    """Boolean masks [B, 1, S, L] by key, of those that are not plainly causal: FlashAttention takes no boolean mask."""
+    length = positions_BS.shape[1]
+    if kv_positions_L is None:
+        masks = [mask for mask in masks if isinstance(mask, Window) and mask.size < length]
+    keys_BL = positions_BS if kv_positions_L is None else kv_positions_L[None]
+    distance_B1SL = positions_BS[:, None, :, None] - keys_BL[:, None, None, :]
+    causal_B1SL = distance_B1SL >= 0
+    return {
+        mask.key: causal_B1SL & (distance_B1SL < mask.size) if isinstance(mask, Window) else causal_B1SL
+        for mask in masks
+    }
 
 
 def _rotation(table: RopeTable, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

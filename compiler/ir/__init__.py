@@ -2,11 +2,11 @@
 
 from archwright.compiler.ir.block import Block, State, child
 from archwright.compiler.ir.ops import Ops, Scope, Step
-from archwright.compiler.ir.param import Axis, Init, Normal, Ones, Param, Split
+from archwright.compiler.ir.param import Axis, Init, Normal, Ones, Param, Split, Zeros
 from archwright.compiler.ir.plan import Degrees, Plan
 from archwright.compiler.ir.program import Program, Segment, Site
 from archwright.compiler.ir.scope import Instance
-from archwright.compiler.ir.values import Causal, Mask, RopeTable
+from archwright.compiler.ir.values import Causal, Mask, RopeTable, Window
 
 __all__ = [
     "Axis",
@@ -29,5 +29,7 @@ __all__ = [
     "Split",
     "State",
     "Step",
+    "Window",
+    "Zeros",
     "child",
 ]

@@ -14,7 +14,7 @@ class State:
     growth: linear = one row a token.
     """
 
-    axes: tuple[Axis | Literal["batch", "positions"], ...]
+    axes: tuple[Axis | Literal["batch"], ...]
     sizes: tuple[int, ...]
     growth: Literal["linear"] = "linear"
 

@@ -39,15 +39,24 @@ class Scope(Protocol[T_co]):
 class Ops(Protocol[T]):
     """The operations that are not plain arithmetic. Each has its reference in `interpreters/numpy_ops.py`."""
 
-    def linear(self, x: T, weight: T, *, reduce: str | None) -> T:
-        """x · weightᵀ, summed over the mesh axis `reduce` if one is named. x [..., in], weight [out, in]."""
+    def linear(self, x: T, weight: T, bias: T | None, *, reduce: str | None) -> T:
+        """x · weightᵀ + bias; the product is summed over the mesh axis `reduce` if one is named, before the bias.
+
+        x [..., in], weight [out, in], bias [out].
+        """
         ...
 
     def embed(self, ids_BS: T, weight_VD: T) -> T: ...
 
     def rms_norm(self, x_BSD: T, weight_D: T, eps: float) -> T: ...
 
+    def layer_norm(self, x_BSD: T, weight_D: T, bias_D: T | None, eps: float) -> T: ...
+
     def silu(self, x: T) -> T: ...
+
+    def gelu(self, x: T, approximation: str) -> T:
+        """x · Φ(x), or with `tanh` GPT-2's formula for it."""
+        ...
 
     def split_heads(self, x: T, head_dim: int) -> T:
         """[B, S, heads · head_dim] → [B, heads, S, head_dim]; the number of heads is inferred, so local sizes work."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Axis = Literal["vocab", "embed", "heads", "kv_heads", "ffn", "head_dim"]
+Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,12 @@ class Ones:
     """All ones (the weights of norms)."""
 
 
-Init = Normal | Ones
+@dataclass(frozen=True)
+class Zeros:
+    """All zeros (biases)."""
+
+
+Init = Normal | Ones | Zeros
 
 
 @dataclass(frozen=True, kw_only=True)

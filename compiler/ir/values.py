@@ -8,8 +8,25 @@ from dataclasses import dataclass
 class Causal:
     """A token at position p sees the positions ≤ p."""
 
+    @property
+    def key(self) -> str:
+        """A name for this mask, equal for equal masks."""
+        return "causal"
 
-Mask = Causal
+
+@dataclass(frozen=True)
+class Window:
+    """A token at position p sees the positions p - size < q ≤ p: itself and the size - 1 before it."""
+
+    size: int
+
+    @property
+    def key(self) -> str:
+        """A name for this mask, equal for equal masks."""
+        return f"window_{self.size}"
+
+
+Mask = Causal | Window
 
 
 @dataclass(frozen=True, kw_only=True)

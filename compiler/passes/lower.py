@@ -1,96 +1,156 @@
 """spec → Program."""
 
 import math
+from dataclasses import dataclass, replace
 
 from archwright.compiler.blocks import (
+    GELU,
     DecoderLayer,
     Embedding,
+    FeedForward,
     GroupedQueryAttention,
     LanguageModelHead,
+    LayerNorm,
     Linear,
+    NoPosition,
+    Norm,
+    Position,
+    PositionedEmbedding,
     RMSNorm,
     Rope,
     SwiGLU,
 )
-from archwright.compiler.ir import Axis, Causal, Normal, Ones, Param, Program, RopeTable, Segment
-from archwright.spec.models import GqaAttention, Layer, Model, Spec
+from archwright.compiler.ir import Axis, Causal, Mask, Normal, Ones, Param, Program, RopeTable, Segment, Window, Zeros
+from archwright.spec.models import Ffn, GqaAttention, Layer, Llama3Scaling, Model, Spec
+from archwright.spec.models import Mask as MaskSpec
+from archwright.spec.models import Norm as NormSpec
 
 
 def lower(spec: Spec) -> Program:
     """The Program of a spec's model: one segment for the embedding, one a layer, one for the head."""
     model = spec.model
-    layer = _layer(model, model.layer)
-    table = _matrix(model.vocab_size, model.hidden_size, ("vocab", "embed"), model.init.std)
+    build = _Lowering(model)
+    table = build.matrix(("vocab", model.vocab_size), ("embed", model.hidden_size))
     if model.tied_embeddings:
-        table = Param(shape=table.shape, axes=table.axes, init=table.init, share="embedding")
+        table = replace(table, share="embedding")
+    layers = [layer for run in model.runs for layer in [build.layer(run.layer)] * run.repeat]
+    head = LanguageModelHead(norm=build.norm(model.runs[-1].layer.norm), lm_head=Linear(weight=table))
     return Program(
         segments=(
-            Segment(path="model.embed_tokens", block=Embedding(weight=table)),
-            *(Segment(path=f"model.layers.{index}", block=layer) for index in range(model.layers)),
-            Segment(path="", block=LanguageModelHead(norm=_norm(model, model.layer), lm_head=Linear(weight=table))),
+            build.embedding(table),
+            *(Segment(path=f"model.layers.{index}", block=layer) for index, layer in enumerate(layers)),
+            Segment(path="", block=head),
         ),
         vocab_size=model.vocab_size,
         max_positions=model.max_positions,
     )
 
 
-def head_dim(model: Model, attention: GqaAttention) -> int:
-    return attention.head_dim or model.hidden_size // attention.heads
+@dataclass(frozen=True)
+class _Lowering:
+    """Makes blocks of a model's sections."""
+
+    model: Model
+
+    def embedding(self, table: Param) -> Segment:
+        model = self.model
+        if model.positions is None:
+            return Segment(path="model.embed_tokens", block=Embedding(weight=table))
+        positions = self.matrix(("positions", model.max_positions), ("embed", model.hidden_size))
+        block = PositionedEmbedding(embed_tokens=Embedding(weight=table), embed_positions=Embedding(weight=positions))
+        return Segment(path="model.embeddings", block=block)
+
+    def matrix(
+        self, rows: tuple[Axis, int], columns: tuple[Axis, int], *, grain: tuple[int, int] = (1, 1), std: float = 0
+    ) -> Param:
+        """[rows, columns]; std: the model's unless given."""
+        return Param(
+            shape=(rows[1], columns[1]),
+            axes=(rows[0], columns[0]),
+            init=Normal(std=std or self.model.init.std),
+            grain=grain,
+        )
+
+    def linear(
+        self,
+        columns: tuple[Axis, int],
+        rows: tuple[Axis, int],
+        *,
+        bias: bool,
+        grain: tuple[int, int] = (1, 1),
+        std: float = 0,
+    ) -> Linear:
+        """From `columns` to `rows`."""
+        weight = self.matrix(rows, columns, grain=grain, std=std)
+        vector = Param(shape=(rows[1],), axes=(rows[0],), init=Zeros(), grain=grain[:1])
+        return Linear(weight=weight, bias=vector if bias else None)
+
+    @property
+    def residual_std(self) -> float:
+        """Of the matrices that write to the residual stream."""
+        model = self.model
+        return model.init.std / math.sqrt(2 * model.num_layers) if model.init.kind == "depth_scaled" else model.init.std
+
+    def norm(self, norm: NormSpec) -> Norm:
+        hidden = self.model.hidden_size
+        weight = Param(shape=(hidden,), axes=("embed",), init=Ones())
+        if norm.kind == "rmsnorm":
+            return RMSNorm(weight=weight, eps=norm.eps)
+        bias = Param(shape=(hidden,), axes=("embed",), init=Zeros())
+        return LayerNorm(weight=weight, bias=bias if norm.bias else None, eps=norm.eps)
+
+    def layer(self, layer: Layer) -> DecoderLayer:
+        return DecoderLayer(
+            input_layernorm=self.norm(layer.norm),
+            self_attn=self.attention(layer.attention),
+            post_attention_layernorm=self.norm(layer.norm),
+            mlp=self.ffn(layer.ffn),
+        )
+
+    def attention(self, attention: GqaAttention) -> GroupedQueryAttention:
+        width, kv_heads = self.model.head_dim(attention), attention.kv_heads or attention.heads
+        embed: tuple[Axis, int] = ("embed", self.model.hidden_size)
+        queries: tuple[Axis, int] = ("heads", attention.heads * width)
+        keys: tuple[Axis, int] = ("kv_heads", kv_heads * width)
+        bias, rows = attention.bias != "none", (width, 1)
+        return GroupedQueryAttention(
+            q_proj=self.linear(embed, queries, bias=bias, grain=rows),
+            k_proj=self.linear(embed, keys, bias=bias, grain=rows),
+            v_proj=self.linear(embed, keys, bias=bias, grain=rows),
+            o_proj=self.linear(queries, embed, bias=attention.bias == "all", grain=(1, width), std=self.residual_std),
+            position=self.position(attention, width),
+            mask=_mask(attention.mask),
+            head_dim=width,
+        )
+
+    def position(self, attention: GqaAttention, width: int) -> Position:
+        if attention.position.kind == "none":
+            return NoPosition()
+        theta, limit = attention.position.theta, self.model.max_positions
+        table = RopeTable(head_dim=width, theta=theta, max_positions=limit)
+        return Rope(table=_scaled(table, attention.position.scaling))
+
+    def ffn(self, ffn: Ffn) -> FeedForward:
+        embed: tuple[Axis, int] = ("embed", self.model.hidden_size)
+        inner: tuple[Axis, int] = ("ffn", ffn.hidden_size)
+        widen = self.linear(embed, inner, bias=ffn.bias)
+        narrow = self.linear(inner, embed, bias=ffn.bias, std=self.residual_std)
+        if ffn.kind == "swiglu":
+            return SwiGLU(gate_proj=widen, up_proj=widen, down_proj=narrow)
+        return GELU(fc1=widen, fc2=narrow, approximation=ffn.approximation)
 
 
-def _matrix(rows: int, columns: int, axes: tuple[Axis, Axis], std: float, grain: tuple[int, int] = (1, 1)) -> Param:
-    return Param(shape=(rows, columns), axes=axes, init=Normal(std=std), grain=grain)
+def _mask(mask: MaskSpec) -> Mask:
+    return Causal() if mask.kind == "causal" else Window(mask.size)
 
 
-def _norm(model: Model, layer: Layer) -> RMSNorm:
-    return RMSNorm(weight=Param(shape=(model.hidden_size,), axes=("embed",), init=Ones()), eps=layer.norm.eps)
-
-
-def _layer(model: Model, layer: Layer) -> DecoderLayer:
-    std = model.init.std
-    residual_std = std / math.sqrt(2 * model.layers) if model.init.kind == "depth_scaled" else std
-    return DecoderLayer(
-        input_layernorm=_norm(model, layer),
-        self_attn=_attention(model, layer.attention, std, residual_std),
-        post_attention_layernorm=_norm(model, layer),
-        mlp=_ffn(model.hidden_size, layer.ffn.hidden_size, std, residual_std),
-    )
-
-
-def _attention(model: Model, attention: GqaAttention, std: float, residual_std: float) -> GroupedQueryAttention:
-    hidden, width = model.hidden_size, head_dim(model, attention)
-    q_rows = attention.heads * width
-    kv_rows = (attention.kv_heads or attention.heads) * width
-    rows, columns = (width, 1), (1, width)
-    return GroupedQueryAttention(
-        q_proj=Linear(weight=_matrix(q_rows, hidden, ("heads", "embed"), std, rows)),
-        k_proj=Linear(weight=_matrix(kv_rows, hidden, ("kv_heads", "embed"), std, rows)),
-        v_proj=Linear(weight=_matrix(kv_rows, hidden, ("kv_heads", "embed"), std, rows)),
-        o_proj=Linear(weight=_matrix(hidden, q_rows, ("embed", "heads"), residual_std, columns)),
-        position=Rope(table=_rope(model, attention, width)),
-        mask=Causal(),
-        head_dim=width,
-    )
-
-
-def _rope(model: Model, attention: GqaAttention, width: int) -> RopeTable:
-    rope, scaling = attention.position, attention.position.scaling
+def _scaled(table: RopeTable, scaling: Llama3Scaling | None) -> RopeTable:
     if scaling is None:
-        return RopeTable(head_dim=width, theta=rope.theta, max_positions=model.max_positions)
-    return RopeTable(
-        head_dim=width,
-        theta=rope.theta,
-        max_positions=model.max_positions,
+        return table
+    return replace(
+        table,
         factor=scaling.factor,
         low=scaling.low_frequency_factor,
         high=scaling.high_frequency_factor,
         original_positions=scaling.original_max_positions,
-    )
-
-
-def _ffn(hidden: int, inner: int, std: float, residual_std: float) -> SwiGLU:
-    return SwiGLU(
-        gate_proj=Linear(weight=_matrix(inner, hidden, ("ffn", "embed"), std)),
-        up_proj=Linear(weight=_matrix(inner, hidden, ("ffn", "embed"), std)),
-        down_proj=Linear(weight=_matrix(hidden, inner, ("embed", "ffn"), residual_std)),
     )

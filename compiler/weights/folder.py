@@ -119,5 +119,7 @@ def write_model_folder(
         for file in tokenizer_files:
             shutil.copyfile(file, folder / file.name)
         dtype = next(iter(tensors.values())).dtype.name
-        (folder / "config.json").write_text(json.dumps(config_json(spec, dtype), indent=2) + "\n")
+        config = config_json(spec, dtype)
+        if config is not None:
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_manifest(folder, kind="model", spec=spec, details=details)

@@ -2,40 +2,75 @@
 
 from typing import Any
 
-from archwright.compiler.passes.lower import head_dim
-from archwright.spec.models import Spec
+from archwright.spec.models import Layer, Model, Rope, Spec, SwiGluFfn
 
 
-def config_json(spec: Spec, dtype: str) -> dict[str, Any]:
-    """The `LlamaConfig` of a spec (transformers 5 spelling: `rope_parameters`, `dtype`)."""
-    model, layer = spec.model, spec.model.layer
-    attention, rope = layer.attention, layer.attention.position
-    parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
-    if rope.scaling is not None:
-        parameters |= {
-            "rope_type": "llama3",
-            "factor": rope.scaling.factor,
-            "low_freq_factor": rope.scaling.low_frequency_factor,
-            "high_freq_factor": rope.scaling.high_frequency_factor,
-            "original_max_position_embeddings": rope.scaling.original_max_positions,
-        }
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+def config_json(spec: Spec, dtype: str) -> dict[str, Any] | None:
+    """The configuration of a spec (transformers 5 spelling: `rope_parameters`, `dtype`); None for no known family.
+
+    Llama: equal layers of RMSNorm, RoPE, causal attention, SwiGLU. Mistral: the same under a sliding window. Qwen2:
+    the same with biases on queries, keys and values.
+    """
+    model = spec.model
+    layer = model.runs[0].layer
+    family = _family(model, layer)
+    if family is None:
+        return None
+    attention, mask = layer.attention, layer.attention.mask
+    config: dict[str, Any] = {
+        "architectures": [f"{family}ForCausalLM"],
+        "model_type": family.lower(),
         "vocab_size": model.vocab_size,
         "hidden_size": model.hidden_size,
         "intermediate_size": layer.ffn.hidden_size,
-        "num_hidden_layers": model.layers,
+        "num_hidden_layers": model.num_layers,
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads or attention.heads,
-        "head_dim": head_dim(model, attention),
+        "head_dim": model.head_dim(attention),
         "hidden_act": "silu",
         "max_position_embeddings": model.max_positions,
         "initializer_range": model.init.std,
         "rms_norm_eps": layer.norm.eps,
-        "rope_parameters": parameters,
+        "rope_parameters": _rope_parameters(layer),
         "tie_word_embeddings": model.tied_embeddings,
-        "attention_bias": False,
-        "mlp_bias": False,
         "dtype": dtype,
+    }
+    if family == "Llama":
+        config |= {"attention_bias": attention.bias == "all", "mlp_bias": layer.ffn.bias}
+    if family == "Mistral" and mask.kind == "window":
+        config["sliding_window"] = mask.size
+    return config
+
+
+def _family(model: Model, layer: Layer) -> str | None:
+    attention = layer.attention
+    common = (
+        all(run.layer == layer for run in model.runs)
+        and model.positions is None
+        and layer.norm.kind == "rmsnorm"
+        and attention.position.kind == "rope"
+        and isinstance(layer.ffn, SwiGluFfn)
+    )
+    plain = not layer.ffn.bias and attention.bias == "none"
+    if not common:
+        return None
+    if attention.mask.kind == "window":
+        return "Mistral" if plain else None
+    if attention.bias == "qkv":
+        return "Qwen2" if not layer.ffn.bias else None
+    return "Llama"
+
+
+def _rope_parameters(layer: Layer) -> dict[str, Any]:
+    rope = layer.attention.position
+    assert isinstance(rope, Rope)
+    if rope.scaling is None:
+        return {"rope_type": "default", "rope_theta": rope.theta}
+    return {
+        "rope_type": "llama3",
+        "rope_theta": rope.theta,
+        "factor": rope.scaling.factor,
+        "low_freq_factor": rope.scaling.low_frequency_factor,
+        "high_freq_factor": rope.scaling.high_frequency_factor,
+        "original_max_position_embeddings": rope.scaling.original_max_positions,
     }

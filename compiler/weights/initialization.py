@@ -16,7 +16,7 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import NDArray
 
-from archwright.compiler.ir import Ones, Param
+from archwright.compiler.ir import Normal, Ones, Param
 
 BLOCK = 1 << 16
 
@@ -39,8 +39,8 @@ def draw(param: Param, name: str, seed: int, slices: tuple[slice, ...] | None = 
     slices = slices or tuple(slice(None) for _ in shape)
     bounds = [part.indices(size)[:2] for part, size in zip(slices, shape, strict=True)]
     local = tuple(stop - start for start, stop in bounds)
-    if isinstance(param.init, Ones):
-        return np.ones(local, np.float32)
+    if not isinstance(param.init, Normal):
+        return np.full(local, 1 if isinstance(param.init, Ones) else 0, np.float32)
     out = np.empty(local, np.float32)
     row_size = prod(shape[1:])
     first, last = bounds[0]

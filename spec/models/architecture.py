@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
 
 from archwright.spec.models.base import Node
 
@@ -14,10 +14,25 @@ class RmsNorm(Node):
     eps: PositiveFloat = 1e-5
 
 
+class LayerNorm(Node):
+    """Layer normalisation, (x - mean(x)) / sqrt(var(x) + eps) · weight + bias (Ba et al. 2016)."""
+
+    kind: Literal["layernorm"]
+    eps: PositiveFloat = 1e-5
+    bias: bool = True
+
+
 class CausalMask(Node):
     """A token sees itself and every earlier token."""
 
     kind: Literal["causal"]
+
+
+class WindowMask(Node):
+    """Sliding window: a token sees itself and the `size - 1` tokens before it (Beltagy et al. 2020)."""
+
+    kind: Literal["window"]
+    size: PositiveInt
 
 
 class Llama3Scaling(Node):
@@ -42,10 +57,15 @@ class Rope(Node):
     scaling: Llama3Scaling | None = None
 
 
-# One member each today; a second one makes these (and Attention, Ffn) discriminated unions on `kind`.
-Norm = RmsNorm
-Mask = CausalMask
-Position = Rope
+class NoPosition(Node):
+    """Attention that does not know where its tokens stand: with `model.positions`, or with none at all."""
+
+    kind: Literal["none"]
+
+
+Norm = Annotated[RmsNorm | LayerNorm, Field(discriminator="kind")]
+Mask = Annotated[CausalMask | WindowMask, Field(discriminator="kind")]
+Position = Annotated[Rope | NoPosition, Field(discriminator="kind")]
 
 
 class GqaAttention(Node):
@@ -56,7 +76,9 @@ class GqaAttention(Node):
     kv_heads: PositiveInt | None = None
     """Key/value heads; must divide `heads`. Default: `heads`."""
     head_dim: PositiveInt | None = None
-    """Width of one head; even. Default: hidden_size / heads."""
+    """Width of one head; even under rope. Default: hidden_size / heads."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Which projections add a bias: none, those of queries, keys and values, or the output's as well."""
     mask: Mask = CausalMask(kind="causal")
     position: Position = Rope(kind="rope")
 
@@ -67,6 +89,18 @@ class SwiGluFfn(Node):
     kind: Literal["swiglu"]
     hidden_size: PositiveInt
     """Inner width of the feed-forward."""
+    bias: bool = False
+
+
+class GeluFfn(Node):
+    """Plain feed-forward, fc2(gelu(fc1(x))) (Hendrycks & Gimpel 2016)."""
+
+    kind: Literal["gelu"]
+    hidden_size: PositiveInt
+    """Inner width of the feed-forward."""
+    bias: bool = True
+    approximation: Literal["none", "tanh"] = "none"
+    """none: x · Φ(x); tanh: GPT-2's formula for it."""
 
 
 class NormalInit(Node):
@@ -84,7 +118,7 @@ class DepthScaledInit(Node):
 
 
 Attention = GqaAttention
-Ffn = SwiGluFfn
+Ffn = Annotated[SwiGluFfn | GeluFfn, Field(discriminator="kind")]
 Init = Annotated[NormalInit | DepthScaledInit, Field(discriminator="kind")]
 
 
@@ -96,6 +130,30 @@ class Layer(Node):
     ffn: Ffn
 
 
+class LayerRun(Node):
+    """Equal layers that follow each other, a part of a mixed stack."""
+
+    repeat: PositiveInt = 1
+    layer: Layer
+
+
+class LearnedPositions(Node):
+    """A learned vector for each position, added to the token's embedding (GPT-2)."""
+
+    kind: Literal["learned"]
+
+
+def _form(value: object) -> str:
+    return "stack" if isinstance(value, list | tuple) else "number"
+
+
+Layers = Annotated[
+    Annotated[PositiveInt, Tag("number")]
+    | Annotated[tuple[LayerRun, ...], Field(strict=False, min_length=1), Tag("stack")],
+    Discriminator(_form),
+]
+
+
 class Model(Node):
     """The architecture: what is computed, never where."""
 
@@ -104,9 +162,27 @@ class Model(Node):
     hidden_size: PositiveInt
     max_positions: PositiveInt
     """Longest sequence that the model accepts."""
-    layers: PositiveInt
-    layer: Layer
-    """The layer that is repeated `layers` times; the final norm is of its kind."""
+    layers: Layers
+    """How often `layer` is repeated; or a mixed stack, `[{repeat: 5, layer: {...}}, {layer: {...}}]`."""
+    layer: Layer | None = None
+    """The layer that is repeated; absent in a mixed stack. The final norm is of the last layer's kind."""
+    positions: LearnedPositions | None = None
+    """Positions that are added to the embedding; none where attention turns by `rope`."""
     tied_embeddings: bool = False
     """The head reads the embedding's matrix."""
     init: Init = NormalInit(kind="normal")
+
+    @property
+    def runs(self) -> tuple[LayerRun, ...]:
+        """The stack as runs of equal layers, whichever way it is written."""
+        if isinstance(self.layers, tuple):
+            return self.layers
+        return () if self.layer is None else (LayerRun(repeat=self.layers, layer=self.layer),)
+
+    @property
+    def num_layers(self) -> int:
+        return sum(run.repeat for run in self.runs)
+
+    def head_dim(self, attention: GqaAttention) -> int:
+        """Width of one head of `attention`."""
+        return attention.head_dim or self.hidden_size // attention.heads

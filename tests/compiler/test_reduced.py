@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from archwright.compiler.passes import degrees_of, lower, run_passes
-from archwright.compiler.passes.lower import head_dim
 from archwright.compiler.reduced import reduced
 from archwright.spec import Spec, dump, load
 
@@ -23,11 +22,11 @@ def test_presets(tmp_path: Path, name: str, degree: int) -> None:
     plan = run_passes(small, degrees_of(small.build.parallel))
     assert plan.program.num_params() < 10_000_000
     assert plan.degrees.tensor == degree
-    before, after = spec.model.layer.attention, small.model.layer.attention
-    assert head_dim(small.model, after) == head_dim(spec.model, before)
+    before, after = spec.model.runs[0].layer.attention, small.model.runs[0].layer.attention
+    assert small.model.head_dim(after) == spec.model.head_dim(before)
     assert after.heads // (after.kv_heads or after.heads) == before.heads // (before.kv_heads or before.heads)
     assert small.model.tied_embeddings == spec.model.tied_embeddings
-    assert (small.model.layers, small.model.hidden_size <= 512, small.model.vocab_size <= 1024) == (2, True, True)
+    assert (small.model.num_layers, small.model.hidden_size <= 512, small.model.vocab_size <= 1024) == (2, True, True)
     assert small == load_again(small, tmp_path), "it is a legal spec"
 
 
@@ -52,5 +51,18 @@ def test_what_is_small_already_stays() -> None:
         {"model.layers": 1, "model.vocab_size": 600, "model.max_positions": 200, "build.max_positions": 32},
     )
     small = reduced(spec)
-    assert (small.model.layers, small.model.vocab_size, small.model.max_positions) == (1, 600, 200)
+    assert (small.model.num_layers, small.model.vocab_size, small.model.max_positions) == (1, 600, 200)
     assert small.build.max_positions == 32 and lower(small).num_params() <= lower(spec).num_params()
+
+
+def test_a_mixed_stack_keeps_two_layers_of_each_kind() -> None:
+    layer = {
+        "norm": {"kind": "rmsnorm"},
+        "attention": {"kind": "gqa", "heads": 8, "kv_heads": 4, "position": {"kind": "rope"}},
+        "ffn": {"kind": "swiglu", "hidden_size": 4096},
+    }
+    wide = {**layer, "ffn": {"kind": "swiglu", "hidden_size": 256}}
+    runs = [{"repeat": 3, "layer": layer}, {"layer": wide}, {"repeat": 4, "layer": layer}]
+    model = {"vocab_size": 600, "hidden_size": 64, "max_positions": 64, "layers": runs}
+    small = reduced(Spec.model_validate({"version": 1, "name": "mixed", "model": model}))
+    assert [(run.repeat, run.layer.ffn.hidden_size) for run in small.model.runs] == [(2, 1024), (1, 256)]

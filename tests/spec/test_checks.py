@@ -21,6 +21,8 @@ class Case:
 
 
 LLAMA3 = {"kind": "llama3"}
+LAYER = {"attention": {"kind": "gqa", "heads": 4}, "ffn": {"kind": "gelu", "hidden_size": 96}}
+SECOND_RUN = "model.layers[1].layer.attention"
 CASES: dict[str, Case] = {
     "kv_heads_divide_heads": Case("SPEC020", {f"{ATTENTION}.kv_heads": 3}, {f"{ATTENTION}.kv_heads": 2}),
     "tensor_splits_heads": Case(
@@ -45,10 +47,21 @@ CASES: dict[str, Case] = {
     "head_dim_is_even": Case("SPEC025", {f"{ATTENTION}.head_dim": 15}, {f"{ATTENTION}.head_dim": 16}),
     "default_head_dim_is_even": Case("SPEC025", {"model.hidden_size": 60}, {f"{ATTENTION}.head_dim": 16}),
     "supported_tensor_degree": Case(
-        "SPEC026", {f"{ATTENTION}.heads": 8, f"{ATTENTION}.kv_heads": 8, "parallel.tensor": 8}, {"parallel.tensor": 4}
+        "SPEC026", {f"{ATTENTION}.heads": 16, "parallel.tensor": 16}, {"parallel.tensor": 8}
     ),
     "supported_build_degree": Case(
-        "SPEC026", {f"{ATTENTION}.heads": 8, "build.parallel.tensor": 8}, {"build.parallel.tensor": 4}
+        "SPEC026", {f"{ATTENTION}.heads": 16, "build.parallel.tensor": 16}, {"build.parallel.tensor": 8}
+    ),
+    "stack_lacks_its_layer": Case(
+        "SPEC012", {"model.layer": None}, {"model.layers": [{"repeat": 2, "layer": LAYER}, {"layer": LAYER}]}
+    ),
+    "stack_has_two_layers": Case(
+        "SPEC038", {"model.layers": [{"repeat": 2, "layer": LAYER}]}, {"model.layer": None}
+    ),
+    "a_run_is_judged_like_the_layer": Case(
+        "SPEC020",
+        {"model.layer": None, "model.layers": [{"layer": LAYER}, {"layer": LAYER}], f"{SECOND_RUN}.kv_heads": 3},
+        {f"{SECOND_RUN}.kv_heads": 2},
     ),
     "supported_pipeline": Case("SPEC027", {"parallel.pipeline": 2}, {"parallel.pipeline": 1}),
     "supported_context": Case("SPEC027", {"parallel.context": 2}, {"parallel.context": 1}),

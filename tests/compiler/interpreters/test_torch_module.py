@@ -132,7 +132,7 @@ def test_far_positions_keep_their_phase() -> None:
     (table,) = module._tables.values()
     from archwright.compiler.interpreters.torch_ops import make_step
 
-    step = make_step(module._tables, ids, torch.float32, positions_BS=torch.tensor([[131_071]]))
+    step = make_step(module._tables, [], ids, torch.float32, positions_BS=torch.tensor([[131_071]]))
     cos, _ = step.rotations[table.key]
     exact = torch.cos(131_071 * torch.tensor(table.frequencies(), dtype=torch.float64))
     assert (cos.flatten().double() - exact).abs().max() < 1e-7

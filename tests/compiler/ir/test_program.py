@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
+from inspect import isclass
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from archwright.compiler.ir.dump import dump_program
 from archwright.compiler.passes import lower, partition
 from archwright.spec import load
 
-BLOCKS = [getattr(blocks, name) for name in blocks.__all__]
+BLOCKS = [kind for name in blocks.__all__ if isclass(kind := getattr(blocks, name))]
 
 
 @pytest.fixture(scope="module")
