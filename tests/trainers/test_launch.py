@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from archwright.spec import ArchwrightError
+from archwright.spec import ArchwrightError, Spec
 from archwright.trainers.launch import World, check_world, run_workers, world_of
 from archwright.trainers.metrics import read_metrics
+from archwright.trainers.training import train_in_world
 
 Overrides = dict[str, object]
 PROGRAM = ["-c", "import sys; from archwright.spec.cli import main; sys.exit(main())"]
@@ -91,41 +92,46 @@ def test_an_error_of_the_user_is_told_once(spec_file: Path, training: Overrides,
     assert "Traceback" not in done.stderr and "internal" not in done.stderr
 
 
-@pytest.mark.heavy
-@pytest.mark.parametrize("tied", [True, False])
-def test_two_processes_equal_one(spec_file: Path, training: Overrides, tmp_path: Path, tied: bool) -> None:
-    settings = {
-        **training, "train.precision": "float64", "train.steps": 24, "train.micro_batches": 2,
-        "model.tied_embeddings": tied,
-    }  # fmt: skip
-    records = []
-    for tensor in (1, 2):
-        run = tmp_path / f"run{tensor}"
-        done = run_train(spec_file, run, {**settings, "parallel.tensor": tensor})
-        assert done.returncode == 0, done.stderr
-        records.append(read_metrics(run))
+def assert_equal_trainings(first: Path, second: Path) -> None:
+    one, two = read_metrics(first), read_metrics(second)
     for key in ("loss", "learning_rate", "tokens"):
-        assert [r[key] for r in records[1]] == pytest.approx([r[key] for r in records[0]], rel=1e-10, abs=0)
-    assert records[1][-1]["validation_loss"] == pytest.approx(records[0][-1]["validation_loss"], rel=1e-10)
+        assert [record[key] for record in two] == pytest.approx([record[key] for record in one], rel=1e-10, abs=0)
+    assert two[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-10)
+
+
+@pytest.fixture
+def in_float64(training: Overrides) -> Overrides:
+    return {**training, "train.precision": "float64", "train.steps": 24, "train.micro_batches": 2}
+
+
+@pytest.mark.heavy
+def test_two_processes_equal_one(
+    spec_file: Path, make_spec: Callable[..., Spec], in_float64: Overrides, tmp_path: Path
+) -> None:
+    train_in_world(make_spec(in_float64), tmp_path / "one", World(), resume=False)
+    done = run_train(spec_file, tmp_path / "two", {**in_float64, "parallel.tensor": 2})
+    assert done.returncode == 0, done.stderr
+    assert_equal_trainings(tmp_path / "one", tmp_path / "two")
     assert "2 processes" in done.stdout
     assert done.stdout.count("step 24/24  loss") == 1
 
 
 @pytest.mark.heavy
-def test_torchrun_is_the_same_training(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
-    settings = {**training, "parallel.tensor": 2}
-    assert run_train(spec_file, tmp_path / "own", settings).returncode == 0
+def test_under_torchrun(spec_file: Path, make_spec: Callable[..., Spec], in_float64: Overrides, tmp_path: Path) -> None:
+    """With an untied head here, tied above."""
+    settings = {**in_float64, "model.tied_embeddings": False}
+    train_in_world(make_spec(settings), tmp_path / "one", World(), resume=False)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    worker = [sys.executable, *PROGRAM, *arguments(spec_file, tmp_path / "two", {**settings, "parallel.tensor": 2})]
     done = subprocess.run(
-        [sys.executable, *torchrun, sys.executable, *PROGRAM, *arguments(spec_file, tmp_path / "torchrun", settings)],
+        [sys.executable, *torchrun, *worker],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    losses = [[record["loss"] for record in read_metrics(tmp_path / name)] for name in ("own", "torchrun")]
-    assert losses[0] == losses[1]
+    assert_equal_trainings(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.fixture
