@@ -109,16 +109,22 @@ _DESCRIBE: Mapping[Kind, Callable[[Path], Facts]] = {
 
 
 def _model_facts(spec: Spec) -> Facts:
-    model, attention = spec.model, spec.model.layer.attention
+    model = spec.model
+    attentions = [run.layer.attention for run in model.runs]
     return {
         "parameters": lower(spec).num_params(),
-        "layers": model.layers,
+        "layers": model.num_layers,
         "hidden_size": model.hidden_size,
-        "heads": attention.heads,
-        "kv_heads": attention.kv_heads or attention.heads,
+        "heads": _one_or_all([attention.heads for attention in attentions]),
+        "kv_heads": _one_or_all([attention.kv_heads or attention.heads for attention in attentions]),
         "vocab_size": model.vocab_size,
         "max_positions": model.max_positions,
     }
+
+
+def _one_or_all(values: list[int]) -> int | list[int]:
+    """The value that all layers share, or those of the runs of a mixed stack."""
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _tokenizer_facts(folder: Path | None) -> Facts | None:

@@ -65,7 +65,7 @@ def probabilities(logits_V: Logits, sampling: Sampling) -> tuple[NDArray[np.int6
     weights = np.exp((chosen - chosen.max()) / sampling.temperature)
     weights /= weights.sum()
     if sampling.top_p is not None and sampling.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
+        order = np.argsort(-chosen, kind="stable")
         before = np.cumsum(weights[order]) - weights[order]
         kept = np.sort(order[before < sampling.top_p])
         ids, weights = ids[kept], weights[kept] / weights[kept].sum()

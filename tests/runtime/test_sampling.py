@@ -60,11 +60,11 @@ def test_frequencies_are_the_probabilities(sampling: Sampling) -> None:
     assert (((counts[ids] - draws * weights) ** 2) / (draws * weights)).sum() < 30
 
 
-@settings(max_examples=30)
+@settings(max_examples=300)
 @given(logits_strategy)
 def test_a_tiny_temperature_is_greedy(logits_V) -> None:
     chosen = choose(logits_V, Sampling(temperature=1e-30), random_stream(0, 0))
-    assert logits_V[chosen] == logits_V.max()
+    assert logits_V.max() - logits_V[chosen] < 1e-28, "within some hundred temperatures of the largest"
 
 
 def test_streams_differ_by_seed_and_copy_and_repeat() -> None:
