@@ -9,6 +9,7 @@ the real weights are sampled.
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -120,7 +121,7 @@ def content_checks(
     scope = numeric_scope(artifact.spec)
     progress("comparing numbers with the oracle" + (", on the reduced spec" if scope == "reduced" else ""))
     try:
-        for comparison in _numbers(artifact, scope):
+        for comparison in _numbers(artifact):
             yield _compared(comparison, scope)
     except Exception as error:  # ONNX Runtime's exceptions have no class of their own but Exception
         yield _check("numbers", "VERIFY007", [_reason(error)])
@@ -141,11 +142,11 @@ def _file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
         problems.append(f"{MANIFEST}: its form is not what `build` wrote")
     yield _check("files and hashes", "VERIFY001", problems, detail=f"{len(manifest.files)} files")
     yield _check("no links", "VERIFY002", list(escapes(path)))
-    yield _check("external data", "VERIFY003", list(_external(path)))
+    yield _check("external data", "VERIFY003", list(external_data(path)))
 
 
-def _external(path: Path) -> Iterator[str]:
-    """Each rank's external data is the file beside its graph."""
+def external_data(path: Path) -> Iterator[str]:
+    """A sentence for each graph whose external data is not the file beside it."""
     for graph in sorted(path.glob("rank*/*.onnx")):
         name = graph.relative_to(path).as_posix()
         try:
@@ -212,19 +213,24 @@ def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
         yield from differing_source(weights, source, sampled=sampled)
 
 
-def _numbers(artifact: Artifact, scope: Literal["whole", "reduced"]) -> Iterator[Comparison]:
-    ranks = len(artifact.graphs)
-    if scope == "whole":
-        backend = open_graphs(artifact.path, ranks=ranks, precision=artifact.precision, max_batch=artifact.max_batch)
-        yield from compare(backend, lower(artifact.spec), RankWeights(artifact))
+def _numbers(artifact: Artifact) -> Iterator[Comparison]:
+    with computable(artifact) as small:
+        ranks = len(small.graphs)
+        backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
+        yield from compare(backend, lower(small.spec), RankWeights(small))
+
+
+@contextmanager
+def computable(artifact: Artifact) -> Iterator[Artifact]:
+    """The artifact whose numbers are compared: itself, or for a large one its spec made small and exported now."""
+    if numeric_scope(artifact.spec) == "whole":
+        yield artifact
         return
     with tempfile.TemporaryDirectory(prefix="archwright-reduced-") as name:
         small = Artifact(Path(name), reduced(artifact.spec))
-        program = small.plan.program
-        weights = GeneratedWeights(params=program.params(), seed=0)
+        weights = GeneratedWeights(params=small.plan.program.params(), seed=0)
         export_graphs(small.plan, weights, small.path, precision=small.precision, capacity=small.capacity)
-        backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
-        yield from compare(backend, lower(small.spec), RankWeights(small))
+        yield small
 
 
 def _guarded(name: str, code: str, problems: Iterator[str]) -> Check:

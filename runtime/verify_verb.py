@@ -10,13 +10,19 @@ from archwright.spec.cli import add_output_format, parser
 def verify(arguments: list[str]) -> int:
     """Prints what the checks of an artifact found; exit status 1 when one failed or could not be done."""
     args = parser("verify", "Check an artifact: files, graphs, weights, and its numbers against the float64 oracle.")
-    args.add_argument("artifact", metavar="ARTIFACT", type=Path, help="a folder written by `archwright build`")
+    args.add_argument("path", metavar="PATH", type=Path, help="a folder written by `archwright build`")
+    bisect_help = "name the first operation that differs from the oracle; also of a model folder or a run"
+    args.add_argument("--bisect", action="store_true", help=bisect_help)
     add_output_format(args, ("text", "json"))
     chosen = args.parse_args(arguments)
-    from archwright.runtime.verification import verify as verify_artifact  # after parsing, so that --help is quick
+    # After parsing, so that --help is quick.
+    if chosen.bisect:
+        from archwright.runtime.bisection import bisect as check
+    else:
+        from archwright.runtime.verification import verify as check
 
-    report = verify_artifact(chosen.artifact, lambda message: print(f"verify: {message}", file=sys.stderr, flush=True))
+    report = check(chosen.path, lambda message: print(f"verify: {message}", file=sys.stderr, flush=True))
     print(json.dumps(report.as_json(), indent=2) if chosen.output_format == "json" else report.as_text())
     for problem in report.problems():
-        print(f"{chosen.artifact}: {problem}", file=sys.stderr)
+        print(f"{chosen.path}: {problem}", file=sys.stderr)
     return 0 if report.ok else 1

@@ -118,9 +118,10 @@ def _join_declarations(merged: onnx.GraphProto, graph: onnx.GraphProto, rank: in
         (graph.value_info, merged.value_info),
     ):
         for value in source:
-            if names[value.name] not in known:
+            name = names.get(value.name, value.name)  # what no node makes is found by whoever opens the graph
+            if name not in known:
                 target.add().CopyFrom(value)
-                target[-1].name = names[value.name]
+                target[-1].name = name
     for tensor in graph.initializer:
         copy = merged.initializer.add()
         copy.CopyFrom(tensor)
@@ -134,7 +135,7 @@ def _renamed(node: onnx.NodeProto, names: dict[str, str], rank: int) -> onnx.Nod
     copy = onnx.NodeProto()
     copy.CopyFrom(node)
     copy.name = f"rank{rank}/{node.name}"
-    copy.input[:] = [names[name] for name in node.input]
+    copy.input[:] = [names.get(name, name) for name in node.input]
     copy.output[:] = [names[name] for name in node.output]
     return copy
 

@@ -27,6 +27,7 @@ from archwright.compiler.interpreters.onnx_ops import (
     Size,
     Tensor,
 )
+from archwright.compiler.interpreters.recording import Recording, plain
 from archwright.compiler.ir import Plan, Program, State, Step
 from archwright.compiler.ir.program import instance_of
 from archwright.compiler.weights.streaming import Weights, write_array
@@ -67,10 +68,14 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class RankGraph:
-    """The graph of any rank of a tensor group, and the layout of its data file."""
+    """The graph of any rank of a tensor group, and the layout of its data file.
+
+    operations: name of the value (and node) that each operation of the Program gave, in program order.
+    """
 
     model: onnx.ModelProto
     layout: tuple[Placed, ...]
+    operations: tuple[str, ...]
 
 
 def graph_path(folder: Path, rank: int, stage: int = 0) -> Path:
@@ -139,7 +144,8 @@ def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapp
         write_index_B=Tensor(index["write_index"], ops),
         kv_positions_L=Tensor(index["kv_positions"], ops),
     )
-    logits = program.run(instance_of(program, ops), Tensor(ids_BS, ops), step)
+    recording: Any = Recording(ops)
+    logits = plain(program.run(instance_of(program, recording), Tensor(ids_BS, ops), step))
     logits = ops.cast(logits, ir.DataType.FLOAT, name="logits")
     for key, name in names.items():
         ops.updated[key].value.name = f"present.{name}"
@@ -154,7 +160,8 @@ def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapp
         name="stage0",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")
-    return RankGraph(model=ir.to_proto(model), layout=layout)
+    operations = tuple(str(result.value.name) for result in recording.results)
+    return RankGraph(model=ir.to_proto(model), layout=layout, operations=operations)
 
 
 def cache_names(program: Program) -> dict[tuple[str, str], str]:

@@ -127,9 +127,13 @@ def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | No
         # Made in memory, so it has no place of its own: its weights are looked for from the artifact's folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
         source = as_float32(merge_ranks(folder)).SerializeToString()
+    return OnnxRuntimeBackend(open_session(source, options, folder), max_batch=max_batch, description=title)
+
+
+def open_session(source: str | bytes, options: Any, folder: Path) -> Any:
+    """A session over a graph that comes from `folder`. Raises ArchwrightError RUN016 where it is refused."""
     try:
-        session = ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return load_onnxruntime().InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime raises its own classes, which derive from Exception alone
         message, help = f"ONNX Runtime refuses the graph: {error}", "`archwright verify` says which file is wrong"
         raise ArchwrightError("RUN016", message, where=str(folder), help=help) from error
-    return OnnxRuntimeBackend(session, max_batch=max_batch, description=title)

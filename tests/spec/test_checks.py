@@ -55,9 +55,7 @@ CASES: dict[str, Case] = {
     "stack_lacks_its_layer": Case(
         "SPEC012", {"model.layer": None}, {"model.layers": [{"repeat": 2, "layer": LAYER}, {"layer": LAYER}]}
     ),
-    "stack_has_two_layers": Case(
-        "SPEC038", {"model.layers": [{"repeat": 2, "layer": LAYER}]}, {"model.layer": None}
-    ),
+    "stack_has_two_layers": Case("SPEC038", {"model.layers": [{"repeat": 2, "layer": LAYER}]}, {"model.layer": None}),
     "a_run_is_judged_like_the_layer": Case(
         "SPEC020",
         {"model.layer": None, "model.layers": [{"layer": LAYER}, {"layer": LAYER}], f"{SECOND_RUN}.kv_heads": 3},
