@@ -25,7 +25,8 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         spec, weights = opened.spec, opened.weights
     plan = run_passes(spec, degrees_of(spec.build.parallel))
     if spec.build.weights.kind == "generated":
-        weights = GeneratedWeights(params=plan.program.params(), seed=spec.build.weights.seed)
+        build = spec.build
+        weights = GeneratedWeights(params=plan.program.params(), seed=build.weights.seed, precision=build.precision)
     elif weights is None and write_weights:
         help = "give a model folder or a run, or set build.weights to {kind: generated}"
         raise ArchwrightError("BUILD006", "a spec has no weights", help=help)

@@ -108,8 +108,11 @@ def escapes(path: Path) -> Iterator[str]:
             yield f"{name} is a hard link: the file has another name, which may lie outside"
 
 
-def seal(details: Mapping[str, Any], measured: Mapping[str, Any] | None, spec_digest: str | None) -> str:
-    """SHA-256 of what the manifest says beside the files' hashes. It finds accidents, not forgers."""
-    facts = {key: value for key, value in details.items() if key != SEAL}
-    text = json.dumps([facts, measured, spec_digest], sort_keys=True, ensure_ascii=False, allow_nan=False)
+def seal(details: Mapping[str, Any], measured: Mapping[str, Any], spec_digest: str | None) -> str:
+    """SHA-256 of what the manifest says beside the files' hashes. It finds accidents, not forgers.
+
+    It covers the measurements, so it stands among them, under SEAL: all else in a manifest is the same in every build.
+    """
+    numbers = {key: value for key, value in measured.items() if key != SEAL}
+    text = json.dumps([details, numbers, spec_digest], sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -88,7 +88,7 @@ def build(
             details["toolchain"]["tensorrt"] = tensorrt_title(tensorrt)
             details["engines"] = {name: {"layers": dict(engine.layers)} for name, engine in engines.items()}
             measured["engine_s"] = {name: engine.seconds for name, engine in engines.items()}
-        details[SEAL] = seal(details, measured, spec_digest(artifact.spec))
+        measured[SEAL] = seal(details, measured, spec_digest(artifact.spec))
         write_manifest(folder, kind="artifact", spec=artifact.spec, details=details, measured=measured)
     return report
 
@@ -128,7 +128,8 @@ def _from_spec(spec: Spec) -> _Source:
     path = spec.tokenizer.path if spec.tokenizer else None
     return _Source(
         spec=spec,
-        weights=GeneratedWeights(params=lower(spec).params(), seed=chosen.seed),
+        # Already rounded: a table of 65,536 values is, in place of billions of its entries.
+        weights=GeneratedWeights(params=lower(spec).params(), seed=chosen.seed, precision=spec.build.precision),
         tokenizer=Path(path) if path is not None else None,
     )
 

@@ -134,8 +134,8 @@ def numeric_scope(spec: Spec) -> Literal["whole", "reduced"]:
 
 def _file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
     problems = check_manifest(path)
-    digest = manifest.details.get(SEAL)
-    if digest != seal(manifest.details, manifest.measured, manifest.spec_digest):
+    measured = manifest.measured or {}
+    if measured.get(SEAL) != seal(manifest.details, measured, manifest.spec_digest):
         problems.append(f"{MANIFEST}: what it says is not what `build` wrote")
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     if (path / MANIFEST).read_text() != text:

@@ -8,19 +8,15 @@ All ranks of a tensor group have the same graph, but for the rank in its metadat
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir as ir
-from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import (
     DOMAIN,
     DTYPES,
-    NUMPY_DTYPES,
     OPSET,
     External,
     OnnxOps,
@@ -30,40 +26,13 @@ from archwright.compiler.interpreters.onnx_ops import (
 from archwright.compiler.interpreters.recording import Recording, plain
 from archwright.compiler.ir import Plan, Program, State, Step
 from archwright.compiler.ir.program import instance_of
-from archwright.compiler.weights.streaming import Weights, write_array
+from archwright.compiler.targets.rank_data import Placed, write_rank_data
+from archwright.compiler.weights.streaming import Weights
 from archwright.spec import ArchwrightError
 
 IR_VERSION = 12
 ALIGNMENT = 4096
 """Of every tensor in the data file: a page, so that each can be mapped by itself."""
-TRANSPOSED_COLUMNS = 256
-TRANSPOSED_ROWS = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placed:
-    """An external initializer and where its bytes lie in the data file."""
-
-    external: External
-    offset: int
-
-    @property
-    def name(self) -> str:
-        return str(self.external.value.name)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        assert self.external.value.dtype is not None
-        return NUMPY_DTYPES[self.external.value.dtype]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        assert self.external.value.shape is not None
-        return tuple(int(size) for size in self.external.value.shape)  # pyright: ignore[reportArgumentType]
-
-    @property
-    def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +84,9 @@ def export_graphs(
         facts |= {f"degrees.{axis}": degree for axis, degree in degrees.items()}
         onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
         path.write_bytes(graph.model.SerializeToString(deterministic=True))
-        if weights is not None:
-            with path.with_suffix(".data").open("wb") as file:
-                write_data(file, graph.layout, plan.program, weights, rank)
         paths.append(path)
+    if weights is not None:
+        write_rank_data([path.with_suffix(".data") for path in paths], graph.layout, plan.program, weights)
     return paths
 
 
@@ -196,39 +164,3 @@ def _place(externals: Iterable[External]) -> tuple[Placed, ...]:
         )
         layout.append(placed)
     return tuple(layout)
-
-
-def write_data(file: BinaryIO, layout: Iterable[Placed], program: Program, weights: Weights, rank: int) -> None:
-    """Stream a rank's part of the weights; one tensor at a time is in memory, rounded in slabs.
-
-    program: the global one, whose parameters say how they are split.
-    """
-    params = program.params()
-    for placed in layout:
-        file.write(bytes(placed.offset - file.tell()))
-        source = placed.external.source
-        if not isinstance(source, str):
-            write_array(file, source(), placed.dtype, placed.shape, placed.name)
-            continue
-        split = params[source].split
-        slices = None if split is None else split.slices(params[source].shape, rank)
-        array = weights.read(source, slices)
-        if placed.external.transposed:
-            _write_transposed(file, array, placed.dtype)
-        else:
-            write_array(file, array, placed.dtype, placed.shape, placed.name)
-
-
-def _write_transposed(file: BinaryIO, array: NDArray[Any], dtype: np.dtype[Any]) -> None:
-    """Append the bytes of the transposed matrix in `dtype`, some columns at a time.
-
-    A few rows at once keep what is read and what is written in the processor's cache: ten times faster than NumPy's
-    own copy of a transposed slab.
-    """
-    rows, columns = array.shape
-    for start in range(0, columns, TRANSPOSED_COLUMNS):
-        slab = np.empty((min(TRANSPOSED_COLUMNS, columns - start), rows), dtype)
-        for row in range(0, rows, TRANSPOSED_ROWS):
-            part = array[row : row + TRANSPOSED_ROWS, start : start + TRANSPOSED_COLUMNS]
-            slab[:, row : row + TRANSPOSED_ROWS] = part.T
-        file.write(slab.view(np.uint8).data)

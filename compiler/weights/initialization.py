@@ -12,6 +12,7 @@ from functools import cache
 from math import prod
 from os import cpu_count
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,32 +31,37 @@ def _quantiles() -> NDArray[np.float32]:
     return (values / values.std()).astype(np.float32)
 
 
-def draw(param: Param, name: str, seed: int, slices: tuple[slice, ...] | None = None) -> NDArray[np.float32]:
-    """The initial value of parameter `name`, or of the part of it that `slices` names (unit steps), as float32.
+def draw(
+    param: Param, name: str, seed: int, slices: tuple[slice, ...] | None = None, *, dtype: Any = np.float32
+) -> NDArray[Any]:
+    """The initial value of parameter `name`, or of the part of it that `slices` names (unit steps).
 
-    Only the blocks that the part touches are drawn, on all cores.
+    dtype: float32, or what these values are rounded to. Only the blocks that the part touches are drawn, on all cores.
     """
     shape = param.shape
     slices = slices or tuple(slice(None) for _ in shape)
     bounds = [part.indices(size)[:2] for part, size in zip(slices, shape, strict=True)]
     local = tuple(stop - start for start, stop in bounds)
     if not isinstance(param.init, Normal):
-        return np.full(local, 1 if isinstance(param.init, Ones) else 0, np.float32)
-    out = np.empty(local, np.float32)
+        return np.full(local, 1 if isinstance(param.init, Ones) else 0, dtype)
+    out = np.empty(local, dtype)
     row_size = prod(shape[1:])
     first, last = bounds[0]
     rows_at_once = max(1, (16 * BLOCK) // row_size)
     inner = tuple(slice(start, stop) for start, stop in bounds[1:])
-    key, std = _key(seed, name), param.init.std
+    key, table = _key(seed, name), (_quantiles() * np.float32(param.init.std)).astype(dtype)
 
     def fill(start: int) -> None:
         stop = min(start + rows_at_once, last)
-        flat = _stream(key, start * row_size, stop * row_size, std)
+        flat = _stream(key, start * row_size, stop * row_size, table)
         out[start - first : stop - first] = flat.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
 
-    _quantiles()
-    with ThreadPoolExecutor(cpu_count()) as pool:
-        _drain(pool.map(fill, range(first, last, rows_at_once)))
+    starts = range(first, last, rows_at_once)
+    if len(starts) == 1:  # by callers that have threads of their own
+        fill(first)
+    else:
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            _drain(pool.map(fill, starts))
     return out
 
 
@@ -68,15 +74,22 @@ def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
 
 
-def _stream(key: int, start: int, stop: int, std: float) -> NDArray[np.float32]:
-    """Elements start..stop of the flattened parameter."""
-    first = start // BLOCK
-    blocks = [_block(key, index) for index in range(first, -(-stop // BLOCK))]
-    bits = np.concatenate(blocks)[start - first * BLOCK : stop - first * BLOCK]
-    return _quantiles()[bits] * np.float32(std)
+def _stream(key: int, start: int, stop: int, table: NDArray[Any]) -> NDArray[Any]:
+    """Elements start..stop of the flattened parameter, looked up in the table of its 65,536 values."""
+    out = np.empty(stop - start, table.dtype)
+    # As integers of that size: NumPy is slow at copying types that it does not know, such as bfloat16.
+    words = f"u{table.itemsize}"
+    for index in range(start // BLOCK, -(-stop // BLOCK)):
+        begin, end = max(start, index * BLOCK), min(stop, (index + 1) * BLOCK)
+        bits = _block(key, index)[begin - index * BLOCK : end - index * BLOCK]
+        # `clip` never happens, 16 bits being what the table has; without it `take` checks each index first.
+        np.take(table.view(words), bits, out=out[begin - start : end - start].view(words), mode="clip")
+    return out
 
 
 def _block(key: int, index: int) -> NDArray[np.uint16]:
     # The counter's upper half numbers the block; its lower half, which the draws advance, starts at 0.
-    generator = np.random.Philox(key=key, counter=index << 128)
-    return generator.random_raw(BLOCK // 4).astype("<u8").view("<u2")
+    generator = np.random.Generator(np.random.Philox(key=key, counter=index << 128))
+    # The generator's raw words; `random_raw` gives the same, and keeps other threads waiting meanwhile.
+    words = generator.integers(0, 1 << 64, BLOCK // 4, dtype=np.uint64)
+    return words.astype("<u8", copy=False).view("<u2")

@@ -54,10 +54,11 @@ class Weights(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedWeights:
-    """The initial weights of a Program, drawn when they are read (float32)."""
+    """The initial weights of a Program, drawn when they are read. precision: that they are rounded to."""
 
     params: Mapping[str, Param]
     seed: int
+    precision: str = "float32"
 
     def names(self) -> Iterable[str]:
         return self.params
@@ -66,7 +67,7 @@ class GeneratedWeights:
         return self.params[name].shape
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Array:
-        return draw(self.params[name], name, self.seed, slices)
+        return draw(self.params[name], name, self.seed, slices, dtype=PRECISIONS[self.precision])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,8 +37,8 @@ def reseal(path: Path) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         entry |= {"sha256": sha256_file(path / name), "bytes": (path / name).stat().st_size}
-    details = manifest["details"]
-    details[SEAL] = seal(details, manifest["measured"], manifest["spec_digest"])
+    measured = manifest["measured"]
+    measured[SEAL] = seal(manifest["details"], measured, manifest["spec_digest"])
     (path / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 

@@ -1,0 +1,140 @@
+"""How long `archwright build` takes and what memory it needs, beside a plain write of the same bytes to the same disk.
+
+The default is the 8B shape on two ranks in bfloat16 with generated weights, 18 GB. The aim is at most twice the plain
+write, and at most 2 GiB beyond the page cache. Memory is RssAnon + RssShmem of the building process, sampled: mapped
+files are the page cache's. Both writers flush to the disk, and the disk is idle before each.
+
+    python benchmarks/bench_build.py [--preset llama3.1-8b] [--tensor 2] [--repeats 2] [--folder PLACE]
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+ARCHWRIGHT = Path(sys.executable).parent / "archwright"
+SAMPLE_S = 0.02
+CHUNK_BYTES = 64 << 20
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that is not backed by files; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return sum(int(fields.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
+
+
+def measured(command: list[str]) -> tuple[float, int]:
+    """Seconds and peak anonymous bytes of a command. Raises CalledProcessError where it fails."""
+    os.sync()
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    peak_bytes, ended = 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak_bytes
+        while not ended.wait(SAMPLE_S):
+            peak_bytes = max(peak_bytes, anonymous_bytes(process.pid))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    status = process.wait()
+    seconds = time.perf_counter() - started
+    ended.set()
+    watcher.join()
+    if status:
+        raise subprocess.CalledProcessError(status, command)
+    return seconds, peak_bytes
+
+
+def plain_write(folder: Path, sizes: list[int]) -> float:
+    """Seconds to write files of these sizes and flush them."""
+    content = memoryview(os.urandom(CHUNK_BYTES))
+    os.sync()
+    started = time.perf_counter()
+    for number, size in enumerate(sizes):
+        with (folder / f"plain{number}").open("wb", buffering=0) as file:
+            for start in range(0, size, CHUNK_BYTES):
+                file.write(content[: min(CHUNK_BYTES, size - start)])
+            os.fsync(file.fileno())
+    return time.perf_counter() - started
+
+
+def build_once(folder: Path, preset: str, tensor: int) -> dict[str, float | int]:
+    """One build and one plain write of as many bytes; both are removed."""
+    out = folder / "artifact"
+    settings = {"weights.kind": "generated", "precision": "bfloat16", "parallel.tensor": tensor}
+    command = [str(ARCHWRIGHT), "build", f"preset:{preset}", "--to", "onnx", "-o", str(out)]
+    for name, value in settings.items():
+        command += ["--set", f"build.{name}={value}"]
+    build_s, peak_bytes = measured(command)
+    details = json.loads((out / "manifest.json").read_text())["measured"]
+    sizes = [file.stat().st_size for file in sorted(out.rglob("*")) if file.is_file()]
+    shutil.rmtree(out)
+    write_s = plain_write(folder, sizes)
+    for file in folder.glob("plain*"):
+        file.unlink()
+    return {
+        "build_s": round(build_s, 2),
+        "export_s": round(details["export_s"], 2),
+        "verify_s": round(details["verify_s"], 2),
+        "peak_anonymous_bytes": peak_bytes,
+        "artifact_bytes": sum(sizes),
+        "plain_write_s": round(write_s, 2),
+        "ratio": round(build_s / write_s, 3),
+    }
+
+
+def hardware() -> dict[str, object]:
+    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    memory_kib = int(meminfo.read_text().split()[1]) if meminfo.exists() else 0
+    return {
+        "processor": f"{names[0]} x {len(names)}" if names else platform.processor(),
+        "memory_gib": round(memory_kib / (1 << 20), 1),
+        "load_average": os.getloadavg(),
+    }
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--preset", default="llama3.1-8b")
+    arguments.add_argument("--tensor", type=int, default=2)
+    arguments.add_argument("--repeats", type=int, default=2)
+    arguments.add_argument("--folder", type=Path, help="where to write; its file system is what is measured")
+    chosen = arguments.parse_args()
+    machine = hardware()  # before we are the load
+    with tempfile.TemporaryDirectory(prefix="archwright-build-", dir=chosen.folder) as name:
+        runs = [build_once(Path(name), chosen.preset, chosen.tensor) for _ in range(chosen.repeats)]
+    record = {
+        "date": date.today().isoformat(),
+        "command": " ".join(["benchmarks/bench_build.py", *sys.argv[1:]]),
+        "hardware": machine,
+        "platform": platform.platform(),
+        "versions": {"python": platform.python_version()}
+        | {name: metadata.version(name) for name in ("archwright", "numpy", "onnx", "onnx-ir", "onnxruntime")},
+        "runs": runs,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{record['date']}-build-{chosen.preset}-tensor{chosen.tensor}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    ratio, peak = max(run["ratio"] for run in runs), max(run["peak_anonymous_bytes"] for run in runs)
+    print(f"build: {ratio} x a plain write (aim 2), {peak / (1 << 30):.2f} GiB (aim 2); {path}")
+
+
+if __name__ == "__main__":
+    main()
