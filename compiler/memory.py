@@ -39,12 +39,16 @@ class InferenceMemory:
 def training_memory(plan: Plan, train: Train, *, data_shard: int, sequences: int) -> TrainingMemory:
     """sequences: of one micro-batch on one rank; data_shard: ranks that share masters, gradients and states.
 
-    Weights and gradients take one master value a parameter, AdamW's two moments two.
+    Weights and gradients take one master value a parameter, AdamW's moments two, Muon's momentum one.
     """
     compute, master = BYTES[train.precision], max(4, BYTES[train.precision])
     params = plan.program.params()
     sizes = {name: stored_size(param) for name, param in params.items()}
     num_stored = sum(-(-size // data_shard) for size in sizes.values())
+    muon = train.optimizer.kind == "muon"
+    num_states = sum(
+        -(-size // data_shard) * (1 if muon and params[name].is_projection else 2) for name, size in sizes.items()
+    )
     if data_shard > 1:
         largest = max(_segment_sizes(plan.program))
         copies = 2 * largest * compute
@@ -56,7 +60,7 @@ def training_memory(plan: Plan, train: Train, *, data_shard: int, sequences: int
         weights_bytes=num_stored * master,
         compute_weights_bytes=copies,
         gradients_bytes=num_stored * master,
-        optimizer_bytes=2 * num_stored * master,
+        optimizer_bytes=num_states * master,
         activations_bytes=tokens * activation_bytes_per_token(plan.local, compute),
         logits_bytes=_loss_bytes(plan.program, tokens, compute),
     )

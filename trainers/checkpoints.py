@@ -2,7 +2,7 @@
 
 checkpoints/step-00000100/
     model.safetensors       full parameters under canonical names, in the masters' precision
-    optimizer.safetensors   full optimizer states, `exp_avg.NAME` and `exp_avg_sq.NAME`
+    optimizer.safetensors   full optimizer states, `exp_avg.NAME`, `exp_avg_sq.NAME`, `momentum.NAME`
     state.json              step, tokens, the digest of the data
     manifest.json           SHA-256 of the three
 """
@@ -30,7 +30,7 @@ from archwright.compiler.weights.streaming import (
 from archwright.spec import ArchwrightError, Spec
 from archwright.spec.files import atomic_folder
 from archwright.spec.manifest import MANIFEST, check_manifest, write_manifest
-from archwright.trainers.optimizer import STATES, optimizer_states, restore_states
+from archwright.trainers.optimizer import Optimizers, optimizer_states, restore_states
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -56,7 +56,7 @@ def write_checkpoint(
     run: Path,
     spec: Spec,
     module: TorchProgram,
-    optimizer: torch.optim.AdamW,
+    optimizer: Optimizers,
     progress: Progress,
     *,
     main: bool,
@@ -98,14 +98,14 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / STATE).read_text()))
 
 
-def restore_optimizer(checkpoint: Path, module: TorchProgram, optimizer: torch.optim.AdamW, step: int) -> None:
+def restore_optimizer(checkpoint: Path, module: TorchProgram, optimizer: Optimizers, step: int) -> None:
     """Read the optimizer's states, each rank its own part."""
     saved = SafetensorsWeights(checkpoint / OPTIMIZER)
     params = module.program.params()
     states: dict[str, torch.Tensor] = {}
     for name, parameter in module.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)
-        for state in STATES:
+        for state in optimizer.state_names(parameter):
             key = f"{state}.{name}"
             states[key] = place(
                 params[name],

@@ -22,7 +22,7 @@ from archwright.trainers.checkpoints import Progress, prune, restore_optimizer, 
 from archwright.trainers.console import Reporter
 from archwright.trainers.dataset import Split
 from archwright.trainers.metrics import MetricsWriter
-from archwright.trainers.optimizer import clip_gradients, learning_rate, make_optimizer, set_learning_rate
+from archwright.trainers.optimizer import Optimizers, clip_gradients, make_optimizer, schedule_factor
 from archwright.trainers.run_folder import Inputs, Start, master_precision
 
 
@@ -33,7 +33,7 @@ class Trainer:
     spec: Spec
     train: Pretrain | Sft
     module: TorchProgram
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizers
     samples: Samples
     held_out: Samples | None
     validation: Split
@@ -51,7 +51,7 @@ def make_trainer(spec: Spec, inputs: Inputs, start: Start, device: torch.device)
     module = _make_module(spec, train, start, device, mesh)
     if train.compile is True or (train.compile == "auto" and device.type == "cuda"):
         module.compile_layers()
-    optimizer = make_optimizer(module, train.optimizer)
+    optimizer = make_optimizer(module, train.optimizer, DTYPES[train.precision])
     if start.checkpoint is not None:
         restore_optimizer(start.checkpoint, module, optimizer, start.progress.step)
     return Trainer(
@@ -150,18 +150,16 @@ def train_step(trainer: Trainer, progress: Progress) -> dict[str, Any]:
     """One optimizer step; its record for the metrics, whose `step` counts from 1."""
     train, started = trainer.train, time.perf_counter()
     batch = training_batch(trainer.samples, train.seed, progress.step, train.batch_size)
-    rate = learning_rate(progress.step, peak=train.optimizer.learning_rate, schedule=train.schedule, steps=train.steps)
+    factor = schedule_factor(progress.step, schedule=train.schedule, steps=train.steps)
     loss = accumulate(trainer.module, batch, train.micro_batches, trainer.device)
     norm = clip_gradients(trainer.module, train.clip_norm)
-    set_learning_rate(trainer.optimizer, rate)
-    trainer.optimizer.step()
-    trainer.optimizer.zero_grad(set_to_none=True)
+    trainer.optimizer.step(factor)
     loss_value = loss.item()  # waits for the device, so that the time below is the step's
     return {
         "step": progress.step + 1,
         "loss": loss_value,
         "grad_norm": norm.item(),
-        "learning_rate": rate,
+        "learning_rate": factor * train.optimizer.learning_rate,
         "tokens": progress.tokens + batch.num_targets,
         "tokens_per_s": batch.num_targets / (time.perf_counter() - started),
     }

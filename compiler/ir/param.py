@@ -77,6 +77,11 @@ class Param:
     def size(self) -> int:
         return prod(self.shape)
 
+    @property
+    def is_projection(self) -> bool:
+        """A matrix between hidden states, not a vector and not a table of tokens or positions."""
+        return len(self.axes) == 2 and self.axes[0] not in ("vocab", "positions")
+
     def units(self, dim: int) -> int:
         """Pieces that `dim` can be cut into at most."""
         return self.shape[dim] // (self.grain[dim] if self.grain else 1)

@@ -49,7 +49,7 @@ from archwright.spec.models.text import (
     TextSource,
     Tokenizer,
 )
-from archwright.spec.models.training import AdamW, Checkpoint, Cosine, Evaluate, Pretrain, Sft, Train
+from archwright.spec.models.training import AdamW, Checkpoint, Cosine, Evaluate, Muon, Optimizer, Pretrain, Sft, Train
 
 __all__ = [
     "AdamW",
@@ -79,10 +79,12 @@ __all__ = [
     "MessagesSource",
     "Model",
     "ModelWeights",
+    "Muon",
     "NoPosition",
     "Node",
     "Norm",
     "NormalInit",
+    "Optimizer",
     "PairsSource",
     "Parallel",
     "Position",

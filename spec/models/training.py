@@ -19,6 +19,20 @@ class AdamW(Node):
     weight_decay: NonNegativeFloat = 0.1
 
 
+class Muon(Node):
+    """Orthogonal updates for the matrices of the layers (Jordan et al. 2024), AdamW for everything else."""
+
+    kind: Literal["muon"]
+    learning_rate: PositiveFloat = 0.02
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    weight_decay: NonNegativeFloat = 0.1
+    adamw: AdamW = AdamW(kind="adamw", learning_rate=3e-3)
+    """Of embeddings, head, norms and biases."""
+
+
+Optimizer = Annotated[AdamW | Muon, Field(discriminator="kind")]
+
+
 class Cosine(Node):
     """Linear warmup, then half a cosine down to `final_fraction` of the learning rate."""
 
@@ -56,7 +70,7 @@ class _TrainBase(Node):
     precision: Literal["float64", "float32", "bfloat16"] = "float32"
     """Of the computation. bfloat16 keeps float32 master weights and optimizer states."""
     seed: NonNegativeInt = 0
-    optimizer: AdamW = AdamW(kind="adamw")
+    optimizer: Optimizer = AdamW(kind="adamw")
     schedule: Cosine = Cosine(kind="cosine")
     clip_norm: PositiveFloat | None = 1.0
     evaluate: Evaluate = Evaluate()

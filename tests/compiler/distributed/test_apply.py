@@ -37,7 +37,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str,
     return {size: run_world(size, folder) for size in (1, 2, 4)}
 
 
-@pytest.mark.parametrize("model", ["tied", "untied"])
+@pytest.mark.parametrize("model", ["tied", "untied", "muon"])
 @pytest.mark.parametrize("size", [2, 4])
 class TestWorld:
     def test_initial_values_are_the_same(self, worlds: dict[int, Any], size: int, model: str) -> None:

@@ -26,6 +26,7 @@ from archwright.trainers.optimizer import clip_gradients, make_optimizer
 MODELS: dict[str, dict[str, object]] = {
     "tied": {"model.tied_embeddings": True},
     "untied": {"model.tied_embeddings": False, "model.layer.attention.kv_heads": 1},
+    "muon": {"train.optimizer": {"kind": "muon"}},
 }
 BASE: dict[str, object] = {
     "model.vocab_size": 96,
@@ -54,11 +55,11 @@ def hashes(module: TorchProgram) -> dict[str, str]:
     }
 
 
-def losses(module: TorchProgram) -> tuple[list[float], list[float]]:
+def losses(module: TorchProgram, name: str) -> tuple[list[float], list[float]]:
     """Loss and gradient norm of each of 20 steps in the module's dtype, clipping at work."""
-    options = load("preset:tiny", BASE).train
+    options = load("preset:tiny", {**BASE, **MODELS[name]}).train
     assert options is not None
-    optimizer = make_optimizer(module, options.optimizer)
+    optimizer = make_optimizer(module, options.optimizer, torch.float64)
     generator = torch.Generator().manual_seed(1)
     found: list[float] = []
     norms: list[float] = []
@@ -66,8 +67,7 @@ def losses(module: TorchProgram) -> tuple[list[float], list[float]]:
         tokens = torch.randint(0, 96, (4, 25), generator=generator).numpy()
         loss = accumulate(module, Batch(ids_BS=tokens[:, :-1], targets_BS=tokens[:, 1:]), 2, torch.device("cpu"))
         norms.append(clip_gradients(module, 0.5).item())
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer.step(1.0)
         found.append(loss.item())
     return found, norms
 
@@ -103,7 +103,7 @@ def report(world: int) -> dict[str, Any]:
             "local": {
                 key: list(p.to_local().shape if isinstance(p, DTensor) else p.shape) for key, p in parameters.items()
             },
-            **dict(zip(("losses", "norms"), losses(module), strict=True)),
+            **dict(zip(("losses", "norms"), losses(module, name), strict=True)),
             "final": {key: gather(parameter).double().sum().item() for key, parameter in parameters.items()},
             "own": hashlib.sha256(gather(parameters["model.norm.weight"]).numpy().tobytes()).hexdigest(),
         }
