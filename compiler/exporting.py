@@ -24,9 +24,9 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         opened = open_folder(Path(source))
         spec, weights = opened.spec, opened.weights
     plan = run_passes(spec, degrees_of(spec.build.parallel))
-    if spec.build.weights.kind == "generated":
-        build = spec.build
-        weights = GeneratedWeights(params=plan.program.params(), seed=build.weights.seed, precision=build.precision)
+    chosen, precision = spec.build.weights, spec.build.precision
+    if chosen.kind == "generated":
+        weights = GeneratedWeights(params=plan.program.params(), seed=chosen.seed, precision=precision)
     elif weights is None and write_weights:
         help = "give a model folder or a run, or set build.weights to {kind: generated}"
         raise ArchwrightError("BUILD006", "a spec has no weights", help=help)
@@ -34,7 +34,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         plan,
         weights if write_weights else None,
         Path(folder),
-        precision=spec.build.precision,
+        precision=precision,
         capacity=spec.build.max_positions or spec.model.max_positions,
         spec_digest=spec_digest(spec),
     )

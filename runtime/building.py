@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from archwright.compiler.passes import lower
+from archwright.compiler.targets.network_check import planned_network
 from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
@@ -162,10 +163,11 @@ def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) 
     """An engine beside each rank's graph, by its path in the artifact."""
     build = artifact.spec.build
     profiles = default_profiles(build, artifact.capacity)
+    planned = planned_network(artifact.plan, precision=artifact.precision, capacity=artifact.capacity)
     engines: dict[str, EngineSummary] = {}
     for number, graph in enumerate(artifact.graphs, 1):
         progress(f"building engine {number} of {len(artifact.graphs)} with {tensorrt_title(library)}")
-        engine = build_engine(graph, profiles, build.engine, library=library)
+        engine = build_engine(graph, profiles, build.engine, planned, library=library)
         engines[engine.path.relative_to(artifact.path).as_posix()] = engine
     return engines
 

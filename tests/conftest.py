@@ -36,18 +36,26 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The largest error that each comparison met, from the properties `error: NAME` that tests record.
+    """What tests record for the reader: the largest error that each comparison met (properties `error: NAME`), and
+    lists of what they did (`listed: TITLE`, one line each).
 
     Here and not in tests/parity: with pytest-xdist only this conftest is read by the process that prints.
     """
     errors: dict[str, list[float]] = {}
+    lists: dict[str, list[str]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
                 for name, value in report.user_properties:
                     if name.startswith("error: "):
                         errors.setdefault(name.removeprefix("error: "), []).append(value)
+                    elif name.startswith("listed: "):
+                        lists.setdefault(name.removeprefix("listed: "), []).extend(value.splitlines())
     if errors:
         terminalreporter.section("largest errors, relative to the oracle's largest value")
         for name, values in errors.items():
             terminalreporter.line(f"{name:<40} {max(values):.1e} in {len(values)} comparisons")
+    for title, lines in lists.items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.line(line)

@@ -45,7 +45,8 @@ def _param(param: Param) -> str:
     dims = ", ".join(f"{axis} {size}" for axis, size in zip(param.axes, param.shape, strict=True))
     text = f"[{dims}] {param.init}"
     if param.share is not None:
-        text += f" shared as {param.share}"
+        text += f", shared as {param.share}"
     if param.split is not None:
-        text += f" dim {param.split.dim} in {param.split.parts} parts over {param.split.degree} {param.split.mesh_axis}"
+        split = param.split
+        text += f", {param.axes[split.dim]} in {split.parts} parts over {split.degree} {split.mesh_axis} ranks"
     return text

@@ -1,12 +1,11 @@
-"""ONNX rank graph → TensorRT network, checked against the graph → engine file.
+"""ONNX rank graph → TensorRT network, checked against graph and plan (`targets.network_check`) → engine file.
 
 Works with TensorRT and with TensorRT for RTX (`targets.tensorrt_loader`). The latter parses and builds without a GPU;
 there is no timing cache then, since nothing is timed.
 """
 
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import onnx
-from onnx import TensorProto
 
-from archwright.compiler.targets.merge import COLLECTIVE
+from archwright.compiler.targets.network_check import Planned, check_network, layer_types, layers_of
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
 from archwright.spec import ArchwrightError
 from archwright.spec.files import atomic_write
@@ -26,22 +24,6 @@ from archwright.spec.models.deployment import Engine, Range
 PREFILL_TOKENS = 2048
 """Longest piece of a prompt in one step of the default profiles. The memory of a context grows with it (the logits of
 every position are an output); longer prompts run in pieces, which the cache makes exact."""
-
-TYPES: Mapping[int, str] = {
-    TensorProto.FLOAT: "FLOAT",
-    TensorProto.FLOAT16: "HALF",
-    TensorProto.BFLOAT16: "BF16",
-    TensorProto.INT64: "INT64",
-}
-"""ONNX → TensorRT, for the inputs and outputs of our graphs."""
-
-LAYERS: Mapping[str, str] = {
-    "Attention": "ATTENTION_INPUT",
-    "TensorScatter": "KV_CACHE_UPDATE",
-    "RotaryEmbedding": "ROTARY_EMBEDDING",
-    COLLECTIVE: "DIST_COLLECTIVE",
-}
-"""Operators that must arrive in the network one to one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,13 +60,14 @@ def default_profiles(build: Build, capacity: int) -> tuple[Profile, ...]:
 
 
 def build_engine(
-    graph: Path, profiles: Sequence[Profile], engine: Engine, *, library: ModuleType | None = None
+    graph: Path, profiles: Sequence[Profile], engine: Engine, planned: Planned, *, library: ModuleType | None = None
 ) -> EngineSummary:
     """Build the engine of a rank graph and write it beside the graph, whole or not at all (`stage0.engine`).
 
-    library: `tensorrt` or `tensorrt_rtx`; the one that is installed by default.
-    Raises ArchwrightError BUILD001 without TensorRT, BUILD030 where it cannot parse the graph, BUILD031 where the
-    parsed network is not what the graph says, BUILD032 where it cannot build, BUILD033 where it does not start.
+    planned: what the plan says of the network. library: `tensorrt` or `tensorrt_rtx`; by default the one that is
+    installed. Raises ArchwrightError BUILD001 without TensorRT, BUILD030 where it cannot parse the graph, BUILD031
+    where the parsed network is not what the graph and the plan say, BUILD032 where it cannot build, BUILD033 where it
+    does not start.
     """
     trt = load_tensorrt() if library is None else library
     start = time.monotonic()
@@ -93,7 +76,7 @@ def build_engine(
     builder = _builder(trt, logger)
     network = parse_graph(trt, builder, graph)
     model = onnx.load(graph, load_external_data=False)
-    if problems := check_network(network, model.graph):
+    if problems := check_network(network, model.graph, planned):
         help = "this is a fault of the exporter or of TensorRT; please report it with the graph"
         raise ArchwrightError("BUILD031", "; ".join(problems), where=str(graph), help=help)
     allow_decomposition(trt, network)
@@ -155,14 +138,6 @@ def parse_graph(trt: ModuleType, builder: Any, graph: Path) -> Any:
     )
 
 
-def layers_of(network: Any) -> Iterator[Any]:
-    return (network.get_layer(index) for index in range(network.num_layers))
-
-
-def layer_types(network: Any) -> dict[str, int]:
-    return dict(sorted(Counter(layer.type.name for layer in layers_of(network)).items()))
-
-
 def allow_decomposition(trt: ModuleType, network: Any) -> None:
     """Let TensorRT take attention apart where it has no fused kernel: float32, unusual head sizes, many on SM 9.0.
 
@@ -173,52 +148,6 @@ def allow_decomposition(trt: ModuleType, network: Any) -> None:
             # Layers come back as the base class, which hides the attention that this one belongs to.
             layer.__class__ = trt.IAttentionInputLayer
             layer.attention.decomposable = True
-
-
-def check_network(network: Any, graph: onnx.GraphProto) -> list[str]:
-    """Where the parsed network differs from its graph: the parser accepts some inputs and then ignores them."""
-    inputs = {t.name: t for t in (network.get_input(index) for index in range(network.num_inputs))}
-    outputs = {t.name: t for t in (network.get_output(index) for index in range(network.num_outputs))}
-    problems: list[str] = []
-    used = _used(network, outputs)
-    for kind, values, tensors in (("input", graph.input, inputs), ("output", graph.output, outputs)):
-        for value in values:
-            expected = TYPES.get(value.type.tensor_type.elem_type, "another type than our graphs have")
-            if value.name not in tensors:
-                problems.append(f"{kind} `{value.name}` is not in the network")
-            elif (found := tensors[value.name].dtype.name) != expected:
-                problems.append(f"{kind} `{value.name}` is {found}, not {expected}")
-            elif value.name not in used:
-                problems.append(f"{kind} `{value.name}` has no effect on any output")
-    operators, types = Counter(node.op_type for node in graph.node), layer_types(network)
-    problems += [
-        f"{operators[op]} {op} became {types.get(layer, 0)} {layer} layers"
-        for op, layer in LAYERS.items()
-        if operators[op] != types.get(layer, 0)
-    ]
-    for layer in layers_of(network):
-        if layer.type.name == LAYERS["TensorScatter"]:
-            past, present = layer.get_input(0).name, layer.get_output(0).name
-            if past not in inputs or present not in outputs or past.replace("past.", "present.") != present:
-                problems.append(f"cache `{past}` is not updated in place (its result is `{present}`)")
-    return problems
-
-
-def _used(network: Any, outputs: Mapping[str, Any]) -> set[str]:
-    """Names of the tensors that an output depends on."""
-    makers: dict[str, list[str]] = {}
-    for layer in layers_of(network):
-        tensors = [layer.get_input(index) for index in range(layer.num_inputs)]
-        names = [tensor.name for tensor in tensors if tensor is not None]
-        makers |= {layer.get_output(index).name: names for index in range(layer.num_outputs)}
-    found: set[str] = set()
-    waiting = list(outputs)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting += makers.get(name, [])
-    return found
 
 
 def _configure(trt: ModuleType, builder: Any, network: Any, profiles: Sequence[Profile], engine: Engine) -> Any:

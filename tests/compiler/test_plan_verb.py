@@ -1,6 +1,8 @@
 """`archwright plan`."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -35,8 +37,47 @@ def test_errors_are_the_users(capsys: pytest.CaptureFixture[str]) -> None:
     assert "PLAN001" in capsys.readouterr().err
     assert main(["plan", "preset:tiny", "--gpus", "3xH100", "--set", "parallel.tensor=2"]) == 1
     assert "PLAN002" in capsys.readouterr().err
-    assert main(["plan", "preset:tiny", "--dump-after", "fuse"]) == 2
     assert main(["plan", "--help"]) == 0
+
+
+MIXED = """\
+version: 1
+name: mixed
+model:
+  vocab_size: 100
+  hidden_size: 24
+  max_positions: 64
+  positions: {kind: learned}
+  layers:
+    - repeat: 3
+      layer:
+        norm: {kind: layernorm}
+        attention: {kind: gqa, heads: 4, kv_heads: 2, head_dim: 8, bias: all, position: {kind: none}}
+        ffn: {kind: gelu, hidden_size: 96}
+    - layer:
+        attention: {kind: gqa, heads: 4, kv_heads: 2, mask: {kind: window, size: 16}, position: {kind: rope}}
+        ffn: {kind: swiglu, hidden_size: 64}
+build: {parallel: {tensor: 4}}
+"""
+
+
+@pytest.mark.parametrize("name", ["lower", "partition"])
+def test_the_program_after_a_pass(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]
+) -> None:
+    """One line a block and a parameter, equal layers once; after partition with splits, `enter` and `reduce`."""
+    (folder / "mixed.yaml").write_text(MIXED)
+    texts = []
+    for spec, *settings in (["preset:tiny", "--set", "parallel.tensor=2"], ["mixed.yaml"]):
+        assert main(["plan", spec, *settings, "--dump-after", name]) == 0
+        texts.append(capsys.readouterr().out)
+    golden(f"dump_after_{name}.txt", "\n".join(texts))
+
+
+def test_an_unknown_pass_is_told_the_names(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "preset:tiny", "--dump-after", "fuse"]) == 2
+    told = capsys.readouterr().err
+    assert "invalid choice: 'fuse'" in told and "lower" in told and "partition" in told
 
 
 def test_a_program_is_dumped_instead(capsys: pytest.CaptureFixture[str]) -> None:

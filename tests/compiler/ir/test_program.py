@@ -118,6 +118,6 @@ def test_a_dump_shows_equal_layers_once(program: Program) -> None:
     text = dump_program(partition(program, Degrees(tensor=4)).program)
     assert text.splitlines()[0].startswith(f"program: {program.num_params():,} parameters, vocab_size 512, ")
     assert text.count("model.layers.{0..1}: DecoderLayer") == 1 and "model.layers.0" not in text
-    assert "weight: [kv_heads 32, embed 64] Normal(std=0.02) dim 0 in 2 parts over 4 tensor" in text
+    assert "weight: [kv_heads 32, embed 64] Normal(std=0.02), kv_heads in 2 parts over 4 tensor ranks" in text
     assert "o_proj: Linear reduce=tensor" in text and "mlp: SwiGLU enter=tensor" in text
     assert text.count("shared as embedding") == 2

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from archwright.compiler.interpreters.numpy_ops import run_numpy
 from archwright.compiler.ir import Degrees, Plan
 from archwright.compiler.passes import run_passes
+from archwright.compiler.targets.network_check import Planned, planned_network
 from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.weights.streaming import GeneratedWeights
 from archwright.spec import Spec
@@ -28,11 +29,16 @@ class Export:
     folder: Path
     plan: Plan
     arrays: Mapping[str, Array]
+    precision: str
     capacity: int
 
     @property
     def graph(self) -> Path:
         return self.folder / "rank0" / "stage0.onnx"
+
+    @property
+    def planned(self) -> Planned:
+        return planned_network(self.plan, precision=self.precision, capacity=self.capacity)
 
     def oracle(self, ids_BS: Array) -> Array:
         """Logits [B, S, V] of whole sequences, without a cache."""
@@ -89,7 +95,7 @@ def export(tmp_path: Path) -> Callable[..., Export]:
         folder = tmp_path / f"{precision}-{tensor}-{len(list(tmp_path.iterdir()))}"
         export_graphs(plan, weights, folder, precision=precision, capacity=capacity)
         arrays = {name: weights.read(name).astype(ROUND[precision]) for name in weights.names()}
-        return Export(folder=folder, plan=plan, arrays=arrays, capacity=capacity)
+        return Export(folder=folder, plan=plan, arrays=arrays, precision=precision, capacity=capacity)
 
     return write
 

@@ -1,0 +1,150 @@
+"""Whether the network that TensorRT parsed is the Program that was planned.
+
+The parser accepts inputs that it then ignores, and a graph may differ from its plan: the network is compared with both.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+from onnx import TensorProto
+
+from archwright.compiler.interpreters.cost_ops import run_cost
+from archwright.compiler.ir import Plan
+from archwright.compiler.targets.merge import COLLECTIVE
+from archwright.compiler.targets.onnx_graph import cache_names
+
+TYPES: Mapping[int, str] = {
+    TensorProto.FLOAT: "FLOAT",
+    TensorProto.FLOAT16: "HALF",
+    TensorProto.BFLOAT16: "BF16",
+    TensorProto.INT64: "INT64",
+}
+"""ONNX → TensorRT, for the inputs and outputs of our graphs."""
+
+LAYERS: Mapping[str, str] = {
+    "Attention": "ATTENTION_INPUT",
+    "TensorScatter": "KV_CACHE_UPDATE",
+    "RotaryEmbedding": "ROTARY_EMBEDDING",
+    COLLECTIVE: "DIST_COLLECTIVE",
+}
+"""Operators that must arrive in the network one to one."""
+
+
+PLANNED_TYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
+INDICES = ("input_ids", "position_ids", "write_index", "kv_positions")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a plan says of a rank's network, read off the Program and not off any graph.
+
+    caches: name (`0.key`) → the sizes of past and present, None for those that a call decides.
+    """
+
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+    caches: Mapping[str, tuple[int | None, ...]]
+    collectives: int
+    attentions: int
+
+
+def planned_network(plan: Plan, *, precision: str, capacity: int) -> Planned:
+    """Inputs and outputs with their TensorRT types, caches, and how many layers of which kind there must be."""
+    splits = {name: site.param.split for name, site in plan.program.sites().items()}
+    costs = run_cost(plan.local, batch=1, sequence=1, visible=1, splits=splits).costs
+    states = {(path, state): s for path, block in plan.local.states().items() for state, s in block.items()}
+    known = {"batch": None, "positions": capacity}
+    caches = {
+        name: tuple(known.get(axis, size) for axis, size in zip(states[key].axes, states[key].sizes, strict=True))
+        for key, name in cache_names(plan.local).items()
+    }
+    dtype = PLANNED_TYPES[precision]
+    return Planned(
+        inputs=dict.fromkeys(INDICES, "INT64") | {f"past.{name}": dtype for name in caches},
+        outputs={"logits": "FLOAT"} | {f"present.{name}": dtype for name in caches},
+        caches=caches,
+        collectives=sum(cost.all_reduce_elements > 0 for cost in costs),
+        attentions=sum(cost.op == "attention" for cost in costs),
+    )
+
+
+def layers_of(network: Any) -> Iterator[Any]:
+    return (network.get_layer(index) for index in range(network.num_layers))
+
+
+def layer_types(network: Any) -> dict[str, int]:
+    return dict(sorted(Counter(layer.type.name for layer in layers_of(network)).items()))
+
+
+def check_network(network: Any, graph: onnx.GraphProto, planned: Planned) -> list[str]:
+    """Where the parsed network differs from its graph or from the plan, a sentence each."""
+    inputs = {t.name: t for t in (network.get_input(index) for index in range(network.num_inputs))}
+    outputs = {t.name: t for t in (network.get_output(index) for index in range(network.num_outputs))}
+    problems: list[str] = []
+    used = _used(network, outputs)
+    for kind, values, tensors in (("input", graph.input, inputs), ("output", graph.output, outputs)):
+        for value in values:
+            expected = TYPES.get(value.type.tensor_type.elem_type, "another type than our graphs have")
+            if value.name not in tensors:
+                problems.append(f"{kind} `{value.name}` is not in the network")
+            elif (found := tensors[value.name].dtype.name) != expected:
+                problems.append(f"{kind} `{value.name}` is {found}, not {expected}")
+            elif value.name not in used:
+                problems.append(f"{kind} `{value.name}` has no effect on any output")
+    operators, types = Counter(node.op_type for node in graph.node), layer_types(network)
+    problems += [
+        f"{operators[op]} {op} became {types.get(layer, 0)} {layer} layers"
+        for op, layer in LAYERS.items()
+        if operators[op] != types.get(layer, 0)
+    ]
+    for layer in layers_of(network):
+        if layer.type.name == LAYERS["TensorScatter"]:
+            past, present = layer.get_input(0).name, layer.get_output(0).name
+            if past not in inputs or present not in outputs or past.replace("past.", "present.") != present:
+                problems.append(f"cache `{past}` is not updated in place (its result is `{present}`)")
+    problems += _against_plan(inputs, outputs, types, planned)
+    return problems
+
+
+def _used(network: Any, outputs: Mapping[str, Any]) -> set[str]:
+    """Names of the tensors that an output depends on."""
+    makers: dict[str, list[str]] = {}
+    for layer in layers_of(network):
+        tensors = [layer.get_input(index) for index in range(layer.num_inputs)]
+        names = [tensor.name for tensor in tensors if tensor is not None]
+        makers |= {layer.get_output(index).name: names for index in range(layer.num_outputs)}
+    found: set[str] = set()
+    waiting = list(outputs)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += makers.get(name, [])
+    return found
+
+
+def _against_plan(
+    inputs: Mapping[str, Any], outputs: Mapping[str, Any], types: Mapping[str, int], planned: Planned
+) -> Iterator[str]:
+    for kind, expected, tensors in (("input", planned.inputs, inputs), ("output", planned.outputs, outputs)):
+        found = {name: tensor.dtype.name for name, tensor in tensors.items()}
+        for name in sorted(expected.keys() ^ found.keys()):
+            yield f"{kind} `{name}` is " + ("planned and missing" if name in expected else "not planned")
+        for name in sorted(expected.keys() & found.keys()):
+            if found[name] != expected[name]:
+                yield f"{kind} `{name}` is {found[name]}, planned is {expected[name]}"
+    for name, sizes in planned.caches.items():
+        shape = [-1 if size is None else size for size in sizes]  # TensorRT writes -1 for a size that a call decides
+        for tensor in (inputs.get(f"past.{name}"), outputs.get(f"present.{name}")):
+            if tensor is not None and list(tensor.shape) != shape:
+                yield f"`{tensor.name}` is {list(tensor.shape)}, planned is {shape}"
+    for layer, number in (
+        (LAYERS[COLLECTIVE], planned.collectives),
+        (LAYERS["TensorScatter"], len(planned.caches)),
+        (LAYERS["Attention"], planned.attentions),
+    ):
+        if types.get(layer, 0) != number:
+            yield f"there are {types.get(layer, 0)} {layer} layers, planned are {number}"
