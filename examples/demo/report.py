@@ -1,9 +1,12 @@
-"""The demo's closing page."""
+"""The demo's closing page: one list of sections, rendered as Markdown for the terminal and as one HTML file."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
+
+from charts import loss_chart, plan_drawing
 
 
 @dataclass(frozen=True)
@@ -15,14 +18,30 @@ class Check:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Section:
+    """A title with a sentence, a table (its first row is the head), literal text, or a drawing (SVG, HTML only)."""
+
+    title: str
+    sentence: str = ""
+    table: Sequence[Sequence[object]] = ()
+    literal: str = ""
+    drawing: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report:
-    """What the demo measured. seconds: by step, only of steps that ran this time."""
+    """What the demo measured.
+
+    seconds: by step, of all runs together. losses: by training, (step, loss) pairs. plan: JSON of `archwright plan` for
+    the two-rank training. verified: artifact → JSON of `archwright verify`.
+    """
 
     folder: Path
-    precision: str
-    steps: int
+    recipe: str
     seconds: Mapping[str, float]
     bits_per_byte: Mapping[str, float]
+    losses: Mapping[str, Sequence[tuple[int, float]]]
+    plan: Mapping[str, Any]
     verified: Mapping[str, Mapping[str, Any]]
     samples: Mapping[str, str]
     checks: Sequence[Check]
@@ -31,24 +50,36 @@ class Report:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
-    def markdown(self) -> str:
+    def sections(self) -> list[Section]:
         bits = sorted(self.bits_per_byte.items(), key=lambda item: item[1])
-        sections = [
-            "# Archwright demo",
-            _table(("check", ""), [(c.claim, "passed" if c.passed else "FAILED") for c in self.checks]),
-            "## Bits per byte on held-out files (fewer is better)",
-            _table(("predictor", "bits per byte"), [(name, f"{value:.3f}") for name, value in bits]),
-            f"Pretrained for {self.steps} steps in {self.precision}.",
-            "## Verification",
-            _table(("artifact", "check", "result", "largest error", "tolerance"), self._verification()),
-            "## Samples (greedy, from the one-rank ONNX artifact)",
-            *(f"`{prompt}`\n\n{_indented(text)}" for prompt, text in self.samples.items()),
-            "## Seconds of each step",
-            _table(("step", "s"), [(name, f"{value:.1f}") for name, value in self.seconds.items()]),
-            f"Everything lies in {self.folder}. To go on:",
-            f"    archwright generate {self.folder / 'onnx-1'} --chat\n    archwright inspect {self.folder / 'onnx-2'}",
+        return [
+            Section(
+                title="Checks",
+                table=[("check", "result"), *((c.claim, "passed" if c.passed else "FAILED") for c in self.checks)],
+            ),
+            Section(
+                title="Bits per byte on held-out files (fewer is better)",
+                sentence=self.recipe,
+                table=[("predictor", "bits per byte"), *((name, f"{value:.3f}") for name, value in bits)],
+            ),
+            Section(title="Loss", drawing=loss_chart(self.losses)),
+            Section(title="The plan of the two-rank finetuning", drawing=plan_drawing(self.plan)),
+            Section(
+                title="Verification",
+                table=[("artifact", "check", "result", "largest error", "tolerance"), *self._verification()],
+            ),
+            *(Section(title=f"Sample: {prompt}", literal=text) for prompt, text in self.samples.items()),
+            Section(
+                title="Seconds of each step",
+                table=[("step", "s"), *((name, f"{value:.1f}") for name, value in self.seconds.items())],
+            ),
+            Section(
+                title="To go on",
+                sentence=f"Everything lies in {self.folder}.",
+                literal=f"archwright generate {self.folder / 'onnx-1'} --chat\n"
+                f"archwright inspect {self.folder / 'onnx-2'}",
+            ),
         ]
-        return "\n\n".join(sections) + "\n"
 
     def _verification(self) -> list[tuple[str, ...]]:
         return [
@@ -57,12 +88,53 @@ class Report:
             for row in result["checks"]
         ]
 
+    def markdown(self) -> str:
+        parts = ["# Archwright demo"]
+        for section in self.sections():
+            body = [section.sentence, _markdown_table(section.table), _indented(section.literal)]
+            if any(body):
+                parts += [f"## {section.title}", *(text for text in body if text)]
+        return "\n\n".join(parts) + "\n"
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    def line(cells: Sequence[object]) -> str:
-        return "| " + " | ".join(str(cell) for cell in cells) + " |"
+    def html(self) -> str:
+        """A page that needs no other file."""
+        body = "\n".join(
+            f"<h2>{escape(section.title)}</h2>"
+            + (f"<p>{escape(section.sentence)}</p>" if section.sentence else "")
+            + _html_table(section.table)
+            + (f"<pre>{escape(section.literal)}</pre>" if section.literal else "")
+            + section.drawing
+            for section in self.sections()
+        )
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><title>Archwright demo</title>'
+            f"<style>{_STYLE}</style><h1>Archwright demo</h1>\n{body}</html>\n"
+        )
 
-    return "\n".join([line(head), line(["---"] * len(head)), *map(line, rows)])
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
+    "table{border-collapse:collapse}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
+    "pre{background:#f5f5f5;padding:1em;overflow-x:auto;white-space:pre-wrap}svg{max-width:100%}"
+)
+
+
+def _html_table(rows: Sequence[Sequence[object]]) -> str:
+    if not rows:
+        return ""
+    tags = ["th", *["td"] * (len(rows) - 1)]
+    lines = (
+        "<tr>" + "".join(f"<{tag}>{escape(str(cell))}</{tag}>" for cell in row) + "</tr>"
+        for tag, row in zip(tags, rows, strict=True)
+    )
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _markdown_table(rows: Sequence[Sequence[object]]) -> str:
+    if not rows:
+        return ""
+    lines = ["| " + " | ".join(map(str, row)) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
 def _number(value: float | None) -> str:
