@@ -31,6 +31,12 @@ def _quantiles() -> NDArray[np.float32]:
     return (values / values.std()).astype(np.float32)
 
 
+@cache
+def _table(std: float, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The values that an element can have."""
+    return (_quantiles() * np.float32(std)).astype(dtype)
+
+
 def draw(
     param: Param, name: str, seed: int, slices: tuple[slice, ...] | None = None, *, dtype: Any = np.float32
 ) -> NDArray[Any]:
@@ -49,7 +55,7 @@ def draw(
     first, last = bounds[0]
     rows_at_once = max(1, (16 * BLOCK) // row_size)
     inner = tuple(slice(start, stop) for start, stop in bounds[1:])
-    key, table = _key(seed, name), (_quantiles() * np.float32(param.init.std)).astype(dtype)
+    key, table = _key(seed, name), _table(param.init.std, np.dtype(dtype))
 
     def fill(start: int) -> None:
         stop = min(start + rows_at_once, last)
@@ -82,8 +88,8 @@ def _stream(key: int, start: int, stop: int, table: NDArray[Any]) -> NDArray[Any
     for index in range(start // BLOCK, -(-stop // BLOCK)):
         begin, end = max(start, index * BLOCK), min(stop, (index + 1) * BLOCK)
         bits = _block(key, index)[begin - index * BLOCK : end - index * BLOCK]
-        # `clip` never happens, 16 bits being what the table has; without it `take` checks each index first.
-        np.take(table.view(words), bits, out=out[begin - start : end - start].view(words), mode="clip")
+        # Nothing wraps, 16 bits being what the table has; but with it `take` does not check each index first.
+        np.take(table.view(words), bits, out=out[begin - start : end - start].view(words), mode="wrap")
     return out
 
 
