@@ -35,10 +35,10 @@ def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse")
     finds the old or the new. Raises `ArchwrightError` (SPEC090) when `path` exists and `exist` is `refuse`.
     """
     path = Path(os.path.abspath(path))
-    _recover(path)
+    recover(path)
     if exist == "refuse":
         _refuse_existing(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make_folder(path.parent)
     temporary = _temporary(path)
     temporary.mkdir()
     try:
@@ -55,8 +55,8 @@ def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse")
 def atomic_write(path: Path, content: bytes | memoryview | str) -> None:
     """Writes a whole file (text as UTF-8), replacing one that exists; a reader finds the old or the new content."""
     path = Path(os.path.abspath(path))
-    _recover(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    recover(path)
+    _make_folder(path.parent)
     temporary = _temporary(path)
     try:
         with temporary.open("xb") as file:
@@ -83,12 +83,24 @@ def _refuse_existing(path: Path) -> None:
         )
 
 
+def _make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are not there, each flushed as an entry of the one above."""
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _sync(folder.parent)
+
+
 def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp-{os.getpid()}-{_HOST}-{_PROCESS}-{next(_NUMBERS)}")
 
 
-def _recover(path: Path) -> None:
-    """Removes what dead processes left; a replaced folder whose successor never came goes back to its name."""
+def recover(path: Path) -> None:
+    """Removes what dead processes of this host left of `path`, as every write of it does first.
+
+    A replaced folder whose successor never came goes back to its name.
+    """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.tmp-(\d+)-{_HOST}-([0-9a-f]+)-\d+(\.old)?")
     siblings = os.listdir(path.parent) if path.parent.is_dir() else []
     for name in siblings:
@@ -117,17 +129,26 @@ def _is_alive(pid: int, process: str) -> bool:
 
 
 def _move_into_place(temporary: Path, path: Path) -> None:
-    if not os.path.lexists(path):
+    replaced = os.path.lexists(path)
+    if not replaced:
         temporary.rename(path)
-    elif _exchange(temporary, path):
+    elif not _exchange(temporary, path):
+        _replace_in_two_steps(temporary, path)
+    _sync(path.parent)  # before the old is removed, so that a power cut finds the old whole or the new in place
+    if replaced:
         _remove(temporary)
-    else:
-        # Two renames: killed between them, the old folder waits under its `.old` name, and `_recover` brings it back.
-        old = temporary.with_name(temporary.name + ".old")
-        path.rename(old)
+
+
+def _replace_in_two_steps(temporary: Path, path: Path) -> None:
+    """Swaps both. Killed in between, the old folder waits under its `.old` name, and `recover` brings it back."""
+    old = temporary.with_name(temporary.name + ".old")
+    path.rename(old)
+    try:
         temporary.rename(path)
-        _remove(old)
-    _sync(path.parent)
+    except BaseException:
+        old.rename(path)
+        raise
+    old.rename(temporary)  # half removed under the name `.old`, it could be brought back one day
 
 
 def _exchange(first: Path, second: Path) -> bool:
