@@ -10,7 +10,7 @@ from archwright.compiler.weights.folder import checkpoints, weight_tensors, writ
 from archwright.compiler.weights.streaming import SafetensorsWeights
 from archwright.runtime.text.tokenizer import Tokenizer, open_tokenizer
 from archwright.spec import ArchwrightError, Spec, dump, load
-from archwright.spec.files import atomic_folder, atomic_write, sha256_file
+from archwright.spec.files import atomic_folder, atomic_write, recover, sha256_file
 from archwright.spec.manifest import MANIFEST, read_manifest
 from archwright.spec.models import Pretrain, Sft
 from archwright.trainers.checkpoints import Progress, read_progress
@@ -162,10 +162,9 @@ def _different(run: Path, path: str, before: object, now: object) -> ArchwrightE
 def write_model(run: Path, spec: Spec, inputs: Inputs, checkpoint: Path, step: int) -> Path:
     """Make `run/model`, the model folder of the last step, if it is not there yet."""
     path = run / "model"
-    if path.is_dir():
-        if read_manifest(path).details.get("step") == step:
-            return path
-        shutil.rmtree(path)  # of a shorter training that this run continued
+    recover(path)
+    if path.is_dir() and read_manifest(path).details.get("step") == step:
+        return path
     program = lower(spec)
     precision = master_precision(inputs.train.precision)
     write_model_folder(
@@ -174,6 +173,7 @@ def write_model(run: Path, spec: Spec, inputs: Inputs, checkpoint: Path, step: i
         weight_tensors(program, SafetensorsWeights(checkpoint), precision),
         open_tokenizer(run).files(),
         details={"step": step, "train": inputs.train.kind, "data_digest": inputs.data_digest},
+        exist="replace",  # that of a shorter training, which this run continued
     )
     return path
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from archwright.compiler.ir import Program
 from archwright.compiler.passes import lower
@@ -111,9 +112,10 @@ def write_model_folder(
     tokenizer_files: Iterable[Path],
     *,
     details: dict[str, object],
+    exist: Literal["refuse", "replace"] = "refuse",
 ) -> None:
     """Write a model folder, complete or not at all. It loads in `transformers` where the family is known to it."""
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, exist=exist) as folder:
         (folder / "spec.yaml").write_text(dump(spec))
         write_weights(folder, tensors)
         for file in tokenizer_files:
