@@ -118,9 +118,13 @@ def restore_optimizer(checkpoint: Path, module: TorchProgram, optimizer: Optimiz
 
 
 def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and what a killed removal left."""
+    """Remove all but the newest `keep` checkpoints, and what killed trainings left, on whatever machine they ran.
+
+    Nobody else writes into a run's checkpoints, and this process is not writing one now.
+    """
     kept = list(checkpoints(run).values())[-keep:]
     for folder in (run / "checkpoints").iterdir():
-        if CHECKPOINT.fullmatch(folder.name) and folder not in kept:
+        unfinished = folder.name.startswith(".step-")
+        if unfinished or (CHECKPOINT.fullmatch(folder.name) and folder not in kept):
             (folder / MANIFEST).unlink(missing_ok=True)  # first: without it the folder is no checkpoint
             shutil.rmtree(folder)
