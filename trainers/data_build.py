@@ -8,6 +8,7 @@ The order of everything written is the order of reading, so the bytes do not dep
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -237,6 +238,15 @@ def _next_result(pending: deque[tuple[Future[list[_Encoded]], int]], advance: Ad
 def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal; the main one ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="watch-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose main process was killed would wait for its next task for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @cache
