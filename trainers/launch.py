@@ -98,15 +98,16 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
         if all(worker.poll() == 0 for worker in workers):
             return 0
         time.sleep(_POLL_S)
-    rank, failed = next((rank, worker) for rank, worker in enumerate(workers) if worker.poll() not in (None, 0))
-    if failed.returncode < 0:
-        print(f"archwright: the process of rank {rank} was ended by signal {-failed.returncode}", file=sys.stderr)
-        return 3
+    for rank, worker in enumerate(workers):
+        if worker.returncode is not None and worker.returncode < 0:
+            print(f"archwright: the process of rank {rank} was ended by signal {-worker.returncode}", file=sys.stderr)
+            return 3
+    failed = next(worker.returncode for worker in workers if worker.returncode not in (None, 0))
     # The mistake is every worker's, and the first one is to tell it: give it the time.
     deadline = time.monotonic() + _TELL_S
     while workers[0].poll() is None and time.monotonic() < deadline:
         time.sleep(_POLL_S)
-    return failed.returncode
+    return workers[0].returncode or failed
 
 
 def _end(workers: list[subprocess.Popen[bytes]]) -> None:
@@ -149,6 +150,11 @@ def leave(world: World) -> None:
         import torch.distributed as dist
 
         dist.destroy_process_group()
+
+
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has gone. gloo says so in words only."""
+    return any(words in str(error) for words in ("Connection closed by peer", "Connection reset by peer"))
 
 
 def share(world: World, value: Any) -> Any:

@@ -8,9 +8,9 @@ import torch
 from archwright.compiler.weights.folder import newest_checkpoint
 from archwright.spec import ArchwrightError, Spec
 from archwright.trainers.batches import Conversations, make_samples
-from archwright.trainers.checkpoints import Progress
+from archwright.trainers.checkpoints import Progress, prune
 from archwright.trainers.console import Reporter
-from archwright.trainers.launch import World, join, leave, share
+from archwright.trainers.launch import World, join, leave, lost_peer, share
 from archwright.trainers.loop import Trainer, make_trainer, open_base, run_steps
 from archwright.trainers.metrics import MetricsWriter
 from archwright.trainers.run_folder import Start, open_inputs, prepare_run, write_model
@@ -32,12 +32,21 @@ def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None
         elif world.main:
             print(f"{run}: complete, {progress.step} steps")
         if world.main:
+            prune(run, inputs.train.checkpoint.keep)  # one killed after its last checkpoint did not come to it
             _, checkpoint = newest_checkpoint(run)
             print(f"model: {write_model(run, spec, inputs, checkpoint, progress.step)}")
     except ArchwrightError:
         if world.main:
             raise
         raise SystemExit(1) from None
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        if not world.main:
+            raise SystemExit(1) from None
+        help = "the message of that process, or of what started it, says why; then go on with --resume"
+        message = "the connection to another process of this training is lost"
+        raise ArchwrightError("TRAIN017", message, where=str(run), help=help) from error
     finally:
         leave(world)
 
