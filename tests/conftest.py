@@ -36,13 +36,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests record for the reader: the largest error that each comparison met (properties `error: NAME`), and
-    lists of what they did (`listed: TITLE`, one line each).
+    """What tests record for the reader: the largest error that each comparison met (properties `error: NAME`), lists of
+    what they did (`listed: TITLE`, one line each), and rows (dicts) of tables (`table: TITLE`).
 
-    Here and not in tests/parity: with pytest-xdist only this conftest is read by the process that prints.
+    Here and not beside the tests: with pytest-xdist only this conftest is read by the process that prints.
     """
     errors: dict[str, list[float]] = {}
     lists: dict[str, list[str]] = {}
+    tables: dict[str, list[dict[str, object]]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
@@ -51,11 +52,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                         errors.setdefault(name.removeprefix("error: "), []).append(value)
                     elif name.startswith("listed: "):
                         lists.setdefault(name.removeprefix("listed: "), []).extend(value.splitlines())
+                    elif name.startswith("table: "):
+                        tables.setdefault(name.removeprefix("table: "), []).append(value)
     if errors:
         terminalreporter.section("largest errors, relative to the oracle's largest value")
         for name, values in errors.items():
             terminalreporter.line(f"{name:<40} {max(values):.1e} in {len(values)} comparisons")
+    lists |= {title: _table(rows) for title, rows in tables.items()}
     for title, lines in lists.items():
         terminalreporter.section(title)
         for line in lines:
             terminalreporter.line(line)
+
+
+def _table(rows: list[dict[str, object]]) -> list[str]:
+    """The first column to the left, the others to the right; a row may lack some."""
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    cells = [columns, *([str(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        "  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(more, widths[1:], strict=True))])
+        for first, *more in cells
+    ]

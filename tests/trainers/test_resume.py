@@ -1,12 +1,9 @@
 """A training that is interrupted and goes on is the same training, bit by bit."""
 
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -151,34 +148,6 @@ def command(spec_file: Path, run: Path, settings: Overrides, *more: str) -> list
     sets = [f"--set={path}={json.dumps(value)}" for path, value in settings.items()]
     program = "import sys; from archwright.spec.cli import main; sys.exit(main())"
     return [sys.executable, "-c", program, "train", str(spec_file), "-o", str(run), *sets, *more]
-
-
-def kill_after(step: int, arguments: list[str], run: Path) -> None:
-    """Start a training and SIGKILL it once `step` is in its metrics."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-    while len(read_metrics(run)) < step:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (run / "model").exists()
-
-
-@pytest.mark.heavy
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_killed_and_resumed_is_straight(spec_file: Path, training: Overrides, tmp_path: Path, tensor: int) -> None:
-    """With two processes, the workers of the killed one must be gone too before the next run starts."""
-    settings = {**training, "train.steps": 60, "parallel.tensor": tensor}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    first, second = tmp_path / "first", tmp_path / "second"
-    subprocess.run(command(spec_file, first, settings), check=True, env=environment, stdout=subprocess.DEVNULL)
-    kill_after(8, command(spec_file, second, settings), second)
-    assert list(checkpoints(second))[-1] < 60
-    subprocess.run(
-        command(spec_file, second, settings, "--resume"), check=True, env=environment, stdout=subprocess.DEVNULL
-    )
-    assert_same_run(first, second, 60)
 
 
 @pytest.mark.heavy
