@@ -1,5 +1,8 @@
 """The wheel holds everything, and works without the source tree."""
 
+import json
+import os
+import random
 import shutil
 import subprocess
 import sys
@@ -76,7 +79,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(binary: Path, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(binary), *arguments], cwd=folder, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([str(binary), *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_wheel_holds_every_module_and_preset(source: Path, wheel: Path) -> None:
@@ -101,14 +105,47 @@ def test_the_installed_wheel_imports_from_the_wheel(installed: Path, tmp_path: P
     assert Path(result.stdout.strip()).is_relative_to(installed.parent)
 
 
-def test_the_installed_command_runs(installed: Path, tmp_path: Path) -> None:
-    # --target puts console scripts under site-packages/bin, with the interpreter of the pip that ran; start it by hand.
+def archwright(installed: Path, folder: Path, *arguments: str) -> str:
+    """The standard output of a command that succeeds.
+
+    --target puts console scripts under site-packages/bin, with the interpreter of the pip that ran: started by hand.
+    """
     code = "import sys; from archwright.spec.cli import main; sys.exit(main())"
-    for arguments in (
-        ["--help"],
-        ["presets", "--output-format", "json"],
-        ["init", "--preset", "tiny", "-o", "tiny.yaml"],
-    ):
-        result = run(installed / "python", "-c", code, *arguments, folder=tmp_path)
-        assert result.returncode == 0, result.stderr
-    assert (tmp_path / "tiny.yaml").exists()
+    result = run(installed / "python", "-c", code, *arguments, folder=folder)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def write_texts(folder: Path) -> None:
+    """Sentences of made-up words."""
+    chooser = random.Random(0)
+    syllables = [first + second for first in "bdfgklmnprst" for second in "aeiou"]
+    words = ["".join(chooser.choices(syllables, k=chooser.randint(1, 3))) for _ in range(400)]
+    folder.mkdir()
+    for number in range(40):
+        (folder / f"{number}.txt").write_text(". ".join(" ".join(chooser.choices(words, k=8)) for _ in range(40)))
+
+
+def test_the_installed_command_plans_trains_builds_and_generates(installed: Path, tmp_path: Path) -> None:
+    """Preset tiny, from text to an artifact that writes, with the wheel alone."""
+
+    def command(*arguments: str) -> str:
+        return archwright(installed, tmp_path, *arguments)
+
+    write_texts(tmp_path / "texts")
+    command("init", "--preset", "tiny", "-o", "tiny.yaml")
+    assert "tiny" in {preset["name"] for preset in json.loads(command("presets", "--output-format", "json"))}
+    sources = "data.sources=[{kind: text, path: texts}]"
+    command("validate", "tiny.yaml", "--set", sources)
+    planned = json.loads(command("plan", "tiny.yaml", "--gpus", "1xH100", "--output-format", "json"))
+    assert planned["parameters"]["total"] > 0 and planned["fits"]
+    command("tokenizer", "train", "tiny.yaml", "-o", "tokenizer", "--set", sources)
+    tokenizer = ["--set", "tokenizer.path=tokenizer"]
+    command("data", "build", "tiny.yaml", "-o", "data", "--set", sources, *tokenizer)
+    command("train", "tiny.yaml", "-o", "run", "--set", "data.path=data", *tokenizer)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 50 and losses[-1] < losses[0] - 1
+    command("build", "run", "--to", "onnx", "-o", "artifact")
+    generate = ["--prompt", "ba", "--max-tokens", "8", "--temperature", "0", "--output-format", "json"]
+    answers = [json.loads(command("generate", model, *generate)) for model in ("artifact", "run")]
+    assert answers[0]["tokens"] == answers[1]["tokens"] and answers[0]["text"]
