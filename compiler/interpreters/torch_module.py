@@ -1,6 +1,9 @@
 """A Program as a tree of `nn.Module`s whose names are the canonical ones. B batch, S sequence, V vocabulary."""
 
+import inspect
+import zlib
 from collections.abc import Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -12,6 +15,10 @@ from archwright.compiler.ir import Block, Param, Program, RopeTable, Segment
 
 Cache = Mapping[str, Mapping[str, torch.Tensor]]
 """Path of a block → name of its state → tensor [batch, kv_heads, positions, head_dim]."""
+
+RECOMPILATIONS = 64
+"""Of one kind of layer: with and without gradients, for batches and lengths of 1 and of more, with a window that hides
+something and with one that does not."""
 
 
 class TorchScope:
@@ -68,6 +75,14 @@ class BlockModule(nn.Module):
             owner = borrowed[name][0]
             return getattr(owner, name) if isinstance(getattr(self.block, name), Param) else owner
         return super().__getattr__(name)
+
+
+def _kind_of(block: Block) -> type[BlockModule]:
+    """A class for the modules of a block, whose `forward` is the same under a name of its own."""
+    plain = BlockModule.forward
+    name = f"forward_{zlib.crc32(repr(block).encode()):08x}"  # torch remembers by file, line and name what varied
+    own = FunctionType(plain.__code__.replace(co_name=name), plain.__globals__, name, plain.__defaults__)
+    return type("BlockModule", (BlockModule,), {"forward": own})
 
 
 class TorchProgram(nn.Module):
@@ -153,8 +168,16 @@ class TorchProgram(nn.Module):
         return self._segments[1:-1]
 
     def compile_layers(self, **options: Any) -> None:
-        """torch.compile each layer in place; equal layers share their code."""
+        """torch.compile each layer in place. Equal layers share their code, layers of different kinds do not: torch
+        counts recompilations by code, and gives up after RECOMPILATIONS (8 in versions that cannot be told).
+        """
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:
+            options = {"recompile_limit": RECOMPILATIONS, **options}
+        kinds: dict[Block, type[BlockModule]] = {}
         for layer in self.layers():
+            if layer.block not in kinds:
+                kinds[layer.block] = _kind_of(layer.block)
+            layer.__class__ = kinds[layer.block]
             layer.compile(fullgraph=True, **options)
 
     def make_cache(self, *, batch: int, positions: int, dtype: torch.dtype | None = None) -> Cache:

@@ -4,6 +4,7 @@ B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V v
 P cache capacity, T = B · S tokens.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,12 +25,13 @@ Tensor = torch.Tensor
 class TorchStep(Step[Tensor]):
     """A step with what many layers share, computed once.
 
-    rotations: cos and sin [B, 1, S, H/2] by the table's key. visible: boolean [B, 1, S, L] by the mask's key; a mask
-    that is not there is plainly causal.
+    rotations: cos and sin [B, 1, S, H/2] by the table's key.
+    masks: what is added to the scores [B, 1, S, L], 0 or -inf, by the mask's key; one that is not there is plainly
+    causal. Not boolean, since torch would then make and keep such a tensor for each layer.
     """
 
     rotations: Mapping[str, tuple[Tensor, Tensor]]
-    visible: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +109,13 @@ class TorchOps:
     def attention(
         self, q_BNSH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, *, mask: Mask, scale: float, step: TorchStep
     ) -> Tensor:
-        visible_B1SL = step.visible.get(mask.key)
+        mask_B1SL = step.masks.get(mask.key)
         return F.scaled_dot_product_attention(
             q_BNSH,
             k_BKLH,
             v_BKLH,
-            attn_mask=visible_B1SL,
-            is_causal=visible_B1SL is None,
+            attn_mask=mask_B1SL,
+            is_causal=mask_B1SL is None,
             scale=scale,
             enable_gqa=q_BNSH.shape[1] != k_BKLH.shape[1],
         )
@@ -143,13 +145,17 @@ def make_step(
     if positions_BS is None:
         positions_BS = torch.arange(ids_BS.shape[1], device=device)[None]  # one row that serves the whole batch
     kv_positions_L = None if visible is None else torch.arange(visible, device=device)
+    shown = _visible(masks, positions_BS, kv_positions_L)
     return TorchStep(
         positions_BS=positions_BS,
         write_index_B=write_index_B,
         kv_positions_L=kv_positions_L,
         targets_BS=targets_BS,
         rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
-        visible=_visible(masks, positions_BS, kv_positions_L),
+        masks={
+            key: torch.zeros(shown_B1SL.shape, dtype=dtype, device=device).masked_fill_(~shown_B1SL, -math.inf)
+            for key, shown_B1SL in shown.items()
+        },
     )
 
 

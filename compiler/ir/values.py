@@ -1,7 +1,7 @@
 """Values that blocks hold and interpreters lower: masks and rotary tables."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class RopeTable:
     Frequencies are theta^(-2i / head_dim) (Su et al. 2021). With `factor` they are scaled as Llama 3.1 does:
     wavelengths over original_positions / low are divided by `factor`, those under original_positions / high are
     kept, and between the two the divisor moves linearly in the number of turns.
+
+    key: a name for this table, equal for equal tables and for no others (17 digits tell any two floats apart). It is
+    formed once: torch.compile cannot format the numbers of tables that differ between layers.
     """
 
     head_dim: int
@@ -45,6 +48,13 @@ class RopeTable:
     low: float = 1.0
     high: float = 4.0
     original_positions: int = 8192
+    key: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        name = f"rope_{self.head_dim}_{self.theta:.17g}_{self.max_positions}"
+        if self.factor is not None:
+            name += f"_{self.factor:.17g}_{self.low:.17g}_{self.high:.17g}_{self.original_positions}"
+        object.__setattr__(self, "key", name)
 
     def frequencies(self) -> tuple[float, ...]:
         """head_dim / 2 angles per position, radians, fastest first."""
@@ -59,11 +69,3 @@ class RopeTable:
             return frequency / factor
         smooth = (turns - self.low) / (self.high - self.low)
         return (1 - smooth) * frequency / factor + smooth * frequency
-
-    @property
-    def key(self) -> str:
-        """A name for this table: equal for equal tables, and for no others (17 digits tell any two floats apart)."""
-        name = f"rope_{self.head_dim}_{self.theta:.17g}_{self.max_positions}"
-        if self.factor is None:
-            return name
-        return f"{name}_{self.factor:.17g}_{self.low:.17g}_{self.high:.17g}_{self.original_positions}"
