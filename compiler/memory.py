@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from math import prod
 
-from archwright.compiler.blocks import DecoderLayer, Norm, RMSNorm, SwiGLU
-from archwright.compiler.ir import Param, Plan, Program
+from archwright.compiler.blocks import DecoderLayer, GroupedQueryAttention, Norm, RMSNorm, SwiGLU
+from archwright.compiler.ir import Param, Plan, Program, Window
 from archwright.spec.models import Build, Train
 
 BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -53,7 +53,7 @@ def training_memory(plan: Plan, train: Train, *, data_shard: int, sequences: int
         largest = max(_segment_sizes(plan.program))
         copies = 2 * largest * compute
     else:
-        cast = sum(sizes[name] for name, param in params.items() if "vocab" not in param.axes)
+        cast = sum(sizes[name] for name, param in params.items() if not {"vocab", "positions"} & set(param.axes))
         copies = 0 if compute == master else cast * compute
     tokens = sequences * train.sequence_length
     return TrainingMemory(
@@ -61,7 +61,8 @@ def training_memory(plan: Plan, train: Train, *, data_shard: int, sequences: int
         compute_weights_bytes=copies,
         gradients_bytes=num_stored * master,
         optimizer_bytes=num_states * master,
-        activations_bytes=tokens * activation_bytes_per_token(plan.local, compute),
+        activations_bytes=tokens * activation_bytes_per_token(plan.local, compute)
+        + mask_bytes(plan.program, train.sequence_length, compute),
         logits_bytes=_loss_bytes(plan.program, tokens, compute),
     )
 
@@ -122,6 +123,12 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
         inner = 4 * mlp.up_proj.weight.shape[0] if isinstance(mlp, SwiGLU) else 2 * mlp.fc1.weight.shape[0]
         total += 2 * norm + e * (2 * q_width + 2 * kv_width) + w * heads + e * inner
     return total + norm
+
+
+def mask_bytes(program: Program, sequence: int, compute_bytes: int) -> int:
+    """Bytes of the masks of a forward: S² values for each kind of window that hides something; causal ones are none."""
+    masks = {block.mask for _, block in program.blocks() if isinstance(block, GroupedQueryAttention)}
+    return sum(sequence**2 * compute_bytes for mask in masks if isinstance(mask, Window) and mask.size < sequence)
 
 
 def _norm_bytes(norm: Norm, e: int, w: int) -> int:

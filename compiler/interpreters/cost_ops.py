@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from archwright.compiler.blocks import Embedding, PositionedEmbedding
-from archwright.compiler.ir import Block, Instance, Mask, Param, Program, RopeTable, Segment, Split, Step
+from archwright.compiler.ir import Block, Instance, Mask, Param, Program, RopeTable, Segment, Split, Step, Window
 from archwright.spec import ArchwrightError
 
 
@@ -71,7 +71,7 @@ def _place(value: Shaped) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """One operation of a forward. flops: all query-key pairs. causal_flops: the visible half of them only.
+    """One operation of a forward. flops: all query-key pairs. causal_flops: those that the mask shows.
 
     all_reduce_elements: elements that each rank sums over the mesh axis.
     """
@@ -219,11 +219,9 @@ class CostOps:
             raise Disagreement("IR008", f"queries, keys and values {shapes} do not fit")
         if not q_BNSH.sharded == k_BKLH.sharded == v_BKLH.sharded:
             raise Disagreement("IR009", f"queries {_place(q_BNSH)}, keys {_place(k_BKLH)}, values {_place(v_BKLH)}")
-        # Two matmuls: scores and weighted sum, 2 · pairs · H each. Of S · L pairs a causal mask hides the triangle over
-        # the S new tokens, S² / 2 by the convention of MFU figures (S (S - 1) / 2 exactly).
-        pairs = batch * heads * queries * keys
-        hidden = batch * heads * queries * queries
-        self._count("attention", 4 * pairs * head_dim, causal=4 * pairs * head_dim - 2 * hidden * head_dim)
+        per_pair = 4 * batch * heads * head_dim  # two matmuls, scores and weighted sum, 2 · H each
+        causal = per_pair * queries * keys - per_pair // 2 * _twice_hidden(queries, keys, mask)
+        self._count("attention", per_pair * queries * keys, causal=causal)
         return q_BNSH
 
     def linear_cross_entropy(self, x_BSD: Shaped, weight_VD: Shaped, targets_BS: Shaped) -> tuple[Shaped, Shaped]:
@@ -236,6 +234,17 @@ class CostOps:
         path = self._paths[-1]
         causal = flops if causal is None else causal
         self.costs.append(Cost(path=path, op=op, flops=flops, causal_flops=causal, all_reduce_elements=reduced))
+
+
+def _twice_hidden(queries: int, keys: int, mask: Mask) -> int:
+    """Twice the pairs of a query and a key that a mask hides, of S new tokens at the end of L visible positions.
+
+    A causal mask hides the triangle over the new tokens: S² / 2 by the convention of MFU figures, S (S - 1) / 2
+    exactly. A window of W hides d = L - W keys more from the last query and one less from each before it: the triangle
+    d² / 2 for d ≤ S, and for d > S all S queries have lost keys, S (d - S) + S² / 2.
+    """
+    lost = keys - min(mask.size, keys) if isinstance(mask, Window) else 0
+    return queries**2 + (lost**2 if lost <= queries else queries * (2 * lost - queries))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ def config_json(spec: Spec, dtype: str) -> dict[str, Any] | None:
     """The configuration of a spec (transformers 5 spelling: `rope_parameters`, `dtype`); None for no known family.
 
     Llama: equal layers of RMSNorm, RoPE, causal attention, SwiGLU. Mistral: the same under a sliding window. Qwen2:
-    the same with biases on queries, keys and values.
+    the same with biases on queries, keys and values. `LlamaConfig` refuses a hidden size that is no multiple of the
+    heads, even where `head_dim` is given: such a model has no configuration rather than one that fails to load.
     """
     model = spec.model
     layer = model.runs[0].layer
@@ -58,7 +59,7 @@ def _family(model: Model, layer: Layer) -> str | None:
         return "Mistral" if plain else None
     if attention.bias == "qkv":
         return "Qwen2" if not layer.ffn.bias else None
-    return "Llama"
+    return None if model.hidden_size % attention.heads else "Llama"
 
 
 def _rope_parameters(layer: Layer) -> dict[str, Any]:

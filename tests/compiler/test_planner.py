@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from archwright.compiler import plan
+from archwright.compiler.blocks import GroupedQueryAttention, Rope
 from archwright.compiler.interpreters import cross_entropy
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
@@ -19,12 +20,13 @@ from archwright.compiler.memory import (
     activation_bytes_per_token,
     inference_memory,
     kv_bytes_per_token,
+    mask_bytes,
     training_memory,
 )
 from archwright.compiler.passes import lower, partition
 from archwright.compiler.planner import total_bytes
 from archwright.spec import ArchwrightError, load
-from tests.parity.strategies import random_spec
+from tests.parity.strategies import features, random_spec
 
 ONE_B = {"train": {"kind": "pretrain", "precision": "bfloat16", "batch_size": 2, "sequence_length": 4096}}
 
@@ -75,7 +77,7 @@ def test_inference_memory_is_weights_and_cache() -> None:
     assert memory.kv_cache_bytes == 4 * 1000 * 131_072
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_activation_estimate_is_what_autograd_saves(seed: int, dtype: torch.dtype, tmp_path: Path) -> None:
     program = lower(random_spec(seed, tmp_path))
@@ -85,12 +87,20 @@ def test_the_activation_estimate_is_what_autograd_saves(seed: int, dtype: torch.
         torch.nn.init.normal_(parameter, std=0.02)
     saved = saved_bytes(module, batch=8, sequence=48)
     e = dtype.itemsize
-    copies = sum(p.size for p in program.params().values() if "vocab" not in p.axes) * e if dtype != masters else 0
+    looked_up = {"vocab", "positions"}
+    cast = [param for param in program.params().values() if not looked_up & set(param.axes)]
+    copies = sum(param.size for param in cast) * e if dtype != masters else 0
     head_gradient = program.sites()["lm_head.weight"].param.size * masters.itemsize
-    layers = [segment.block for segment in program.segments[1:-1]]
-    merged = sum(layer.self_attn.q_proj.weight.shape[0] for layer in layers) * e  # the CPU's copy
-    estimate = 8 * 48 * (activation_bytes_per_token(program, e) + merged) + copies + head_gradient
-    assert estimate == pytest.approx(saved, rel=0.01)
+    rotated = [b for _, b in program.blocks() if isinstance(b, GroupedQueryAttention) and isinstance(b.position, Rope)]
+    merged = sum(attention.q_proj.weight.shape[0] for attention in rotated) * e  # the CPU's copy of the output
+    estimate = 8 * 48 * (activation_bytes_per_token(program, e) + merged) + mask_bytes(program, 48, e)
+    assert estimate + copies + head_gradient == pytest.approx(saved, rel=0.01)
+
+
+def test_the_activation_estimates_cover_every_kind(tmp_path: Path) -> None:
+    found = [features(random_spec(seed, tmp_path)) for seed in range(12)]
+    assert all(any(has[name] for has in found) for name in ("layernorm with bias", "gelu by tanh", "mixed stack"))
+    assert all(any(has[name] for has in found) for name in ("window inside the sequences", "learned positions", "rope"))
 
 
 def saved_bytes(module: TorchProgram, *, batch: int, sequence: int) -> int:

@@ -32,7 +32,7 @@ def counted(call: object) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(16))
 def test_forward_and_backward_equal_torchs_count(seed: int, tmp_path: Path) -> None:
     program = lower(random_spec(seed, tmp_path))
     module = meta_module(program, "cpu")
@@ -49,7 +49,7 @@ def test_forward_and_backward_equal_torchs_count(seed: int, tmp_path: Path) -> N
     assert counted(lambda: module(ids_BS).sum().backward()) == 3 * forward
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(8))
 def test_decode_through_a_cache_equals_torchs_count(seed: int, tmp_path: Path) -> None:
     program = lower(random_spec(seed, tmp_path))
     module = meta_module(program, "cpu")
@@ -85,6 +85,22 @@ def test_the_count_is_the_convention_of_mfu_figures(preset: str) -> None:
     tokens = 2 * sequence
     assert 3 * cost.flops == tokens * (6 * multiply + 12 * spec.model.layers * width * sequence)
     assert 3 * cost.causal_flops == tokens * (6 * multiply + 6 * spec.model.layers * width * sequence)
+
+
+@pytest.mark.parametrize("sequence", [1, 7, 19])
+@pytest.mark.parametrize("past", [0, 5, 40])
+@pytest.mark.parametrize("size", [None, 1, 4, 7, 13, 30, 59, 1000])
+def test_causal_flops_count_the_visible_pairs(size: int | None, past: int, sequence: int) -> None:
+    """Up to half a pair a query: the convention counts the diagonal of each triangle half."""
+    mask = {"kind": "causal"} if size is None else {"kind": "window", "size": size}
+    spec = load("preset:tiny", {"model.layer.attention.mask": mask})
+    attention = spec.model.layer.attention
+    costs = run_cost(lower(spec), batch=1, sequence=sequence, visible=past + sequence).costs
+    measured = next(cost.causal_flops for cost in costs if cost.op == "attention")
+    per_pair = 4 * attention.heads * spec.model.head_dim(attention)
+    visible = sum(min(past + new + 1, size or past + sequence) for new in range(sequence))
+    assert 0 <= visible - measured / per_pair <= sequence / 2
+    assert all(cost.causal_flops <= cost.flops for cost in costs)
 
 
 def test_shapes_are_torchs(tmp_path: Path) -> None:
