@@ -37,13 +37,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What tests record for the reader: the largest error that each comparison met (properties `error: NAME`), lists of
-    what they did (`listed: TITLE`, one line each), and rows (dicts) of tables (`table: TITLE`).
+    what they did (`listed: TITLE`, one line each), rows (dicts) of tables (`table: TITLE`), and the seeded bugs with
+    what noticed them (`mutation`).
 
     Here and not beside the tests: with pytest-xdist only this conftest is read by the process that prints.
     """
     errors: dict[str, list[float]] = {}
     lists: dict[str, list[str]] = {}
     tables: dict[str, list[dict[str, object]]] = {}
+    mutations: list[tuple[str, str, int, float]] = []
     for reports in terminalreporter.stats.values():
         for report in reports:
             if getattr(report, "when", None) == "call":
@@ -54,10 +56,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                         lists.setdefault(name.removeprefix("listed: "), []).extend(value.splitlines())
                     elif name.startswith("table: "):
                         tables.setdefault(name.removeprefix("table: "), []).append(value)
+                    elif name == "mutation":
+                        mutations.append(tuple(value))
     if errors:
         terminalreporter.section("largest errors, relative to the oracle's largest value")
         for name, values in errors.items():
             terminalreporter.line(f"{name:<40} {max(values):.1e} in {len(values)} comparisons")
+    if mutations:
+        terminalreporter.section("seeded bugs, and what turned red")
+        for bug, comparison, seed, error in mutations:
+            terminalreporter.line(f"{bug:<48} {comparison:<32} spec {seed:<3} {error:.0f} times the tolerance")
     lists |= {title: _table(rows) for title, rows in tables.items()}
     for title, lines in lists.items():
         terminalreporter.section(title)

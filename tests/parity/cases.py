@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.numpy_ops import make_cache, run_numpy
-from archwright.compiler.ir import Ones, Program, Step
+from archwright.compiler.ir import Ones, Param, Program, Step, Zeros
 
 Array = NDArray[Any]
 Forward = Callable[[Array, Array, Array, int], Array]
@@ -67,13 +67,9 @@ class Outputs:
 
 
 def make_case(program: Program, seed: int) -> Case:
-    """Weights large enough that attention is sharp and every norm differs from 1, and uneven prompts."""
+    """Weights large enough that attention is sharp, every norm differs from 1 and every bias from 0; uneven prompts."""
     rng = np.random.default_rng(seed)
-    tensors: dict[str, Array] = {}
-    for name, param in program.params().items():
-        value = rng.standard_normal(param.shape)
-        scaled = 1 + 0.3 * value if isinstance(param.init, Ones) else value * 1.5 / np.sqrt(param.shape[-1])
-        tensors[name] = scaled.astype(np.float32)
+    tensors = {name: _values(rng, param).astype(np.float32) for name, param in program.params().items()}
     vocab, limit = program.vocab_size, program.max_positions
     ids_BS = rng.integers(0, vocab, (2, int(rng.integers(5, 30))))
     targets_BS = rng.integers(0, vocab, ids_BS.shape)
@@ -92,6 +88,13 @@ def make_case(program: Program, seed: int) -> Case:
         lengths=lengths,
         capacity=capacity,
     )
+
+
+def _values(rng: np.random.Generator, param: Param) -> Array:
+    value = rng.standard_normal(param.shape)
+    if isinstance(param.init, Ones):
+        return 1 + 0.3 * value
+    return 0.5 * value if isinstance(param.init, Zeros) else value * 1.5 / np.sqrt(param.shape[-1])
 
 
 def oracle(case: Case) -> Outputs:
@@ -129,10 +132,20 @@ def oracle_through_cache(case: Case) -> Outputs:
     )
 
 
-def _oracle_loss(case: Case) -> tuple[Any, int]:
+def _oracle_loss(case: Case, tensors: Mapping[str, Array] | None = None) -> tuple[Any, int]:
     positions_BS = np.broadcast_to(np.arange(case.ids_BS.shape[1]), case.ids_BS.shape)
     step = Step(positions_BS=positions_BS, targets_BS=case.targets_BS)
-    return run_numpy(case.program, case.weights.tensors, case.ids_BS, step=step)
+    return run_numpy(case.program, case.weights.tensors if tensors is None else tensors, case.ids_BS, step=step)
+
+
+def oracle_slope(case: Case, direction: Mapping[str, Array], size: float) -> float:
+    """The loss's slope along a direction of all weights, by central difference."""
+    ends = [
+        {name: tensor + sign * size * direction[name] for name, tensor in case.weights.tensors.items()}
+        for sign in (-1.0, 1.0)
+    ]
+    (low, _), (high, _) = (_oracle_loss(case, tensors) for tensors in ends)
+    return float(high - low) / (2 * size)
 
 
 def run_whole(case: Case, forward: Forward) -> Array:

@@ -1,20 +1,24 @@
 """Seeded bugs: each patches one place of one interpreter or pass, as a slip of the pen would have left it.
 
-B batch, S sequence, N query heads, K key/value heads, H head_dim, L visible positions.
+B batch, S sequence, N query heads, K key/value heads, H head_dim, L visible positions, D hidden, V vocabulary.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from archwright.compiler.blocks import Linear, SwiGLU
-from archwright.compiler.interpreters import torch_module
+from archwright.compiler.blocks import Linear, PositionedEmbedding, SwiGLU
+from archwright.compiler.interpreters import torch_module, torch_ops
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
+from archwright.compiler.interpreters.torch_module import BlockModule
 from archwright.compiler.interpreters.torch_ops import TorchOps
-from archwright.compiler.ir import RopeTable, Split
+from archwright.compiler.ir import RopeTable, Split, Window
+from archwright.trainers import loop
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 PARTITION = "archwright.compiler.passes.partition"
@@ -22,9 +26,9 @@ PARTITION = "archwright.compiler.passes.partition"
 
 @dataclass(frozen=True, kw_only=True)
 class Mutation:
-    """A bug and the comparison that must notice it: torch, onnx, joined2, joined4, ranks or gradients."""
+    """A bug, and a comparison of the differential suite that must notice it."""
 
-    target: str
+    comparison: str
     patch: Patch
 
 
@@ -42,8 +46,6 @@ def _wrap_path(path: str, change: Callable[..., Any]) -> Patch:
     """The same for `module:name`."""
 
     def patch(monkeypatch: pytest.MonkeyPatch) -> None:
-        import importlib
-
         module, _, name = path.partition(":")
         _wrap(importlib.import_module(module), name, change)(monkeypatch)
 
@@ -65,14 +67,28 @@ def _larger_scale(original: Any, ops: Any, *values: Any, scale: float, **rest: A
     return original(ops, *values, scale=1.01 * scale, **rest)
 
 
-def _sees_one_ahead(original: Any, ops: Any, *values: Any, step: Any, **rest: Any) -> Any:
-    if step.kv_positions_L is not None:
-        step = replace(step, visible_B1SL=step.kv_positions_L <= step.positions_BS[:, None, :, None] + 1)
-    return original(ops, *values, step=step, **rest)
+def _sees_one_ahead(original: Any, masks: Any, positions_BS: torch.Tensor, kv_positions_L: Any) -> Any:
+    shift = 0 if kv_positions_L is None else 1
+    return original(masks, positions_BS + shift, kv_positions_L)
+
+
+def _wider_window(original: Any, masks: Any, positions_BS: Any, kv_positions_L: Any) -> Any:
+    wide = {mask.key: Window(mask.size + 1) if isinstance(mask, Window) else mask for mask in masks}
+    made = original(wide.values(), positions_BS, kv_positions_L)
+    return {key: made[mask.key] for key, mask in wide.items() if mask.key in made}
 
 
 def _interleaved(original: Any, ops: Any, x_BNSH: torch.Tensor, *rest: Any) -> torch.Tensor:
     return original(ops, x_BNSH.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2), *rest)
+
+
+def _narrow_tables(original: Any, table: RopeTable, positions_BS: torch.Tensor, dtype: torch.dtype) -> Any:
+    cos_B1SH, sin_B1SH = original(table, positions_BS, dtype)
+    return cos_B1SH.to(dtype), sin_B1SH.to(dtype)
+
+
+def _narrow_onnx_tables(original: Any, ops: OnnxOps, name: str, shape: Any, dtype: Any, *rest: Any) -> Any:
+    return original(ops, name, shape, ops.dtype if name.startswith("rope_") else dtype, *rest)
 
 
 def _swapped_gate(original: Any, block: SwiGLU, ops: Any, m: Any, x_BSD: Any) -> Any:
@@ -99,8 +115,17 @@ def _tiled_heads(
     return original(ops, q_BNSH, k_BKLH.repeat(1, groups, 1, 1), v_BKLH.repeat(1, groups, 1, 1), **rest)
 
 
-def _no_eps(original: Any, ops: Any, x_BSD: Any, weight_D: Any, eps: float) -> Any:
-    return original(ops, x_BSD, weight_D, 0.0)
+def _no_eps(original: Any, ops: Any, *inputs: Any) -> Any:
+    *inputs, _ = inputs
+    return original(ops, *inputs, 1e-12)
+
+
+def _other_gelu(original: Any, ops: Any, x: Any, approximation: str) -> Any:
+    return original(ops, x, "tanh" if approximation == "none" else "none")
+
+
+def _no_norm_bias(original: Any, ops: Any, x_BSD: Any, weight_D: Any, bias_D: Any, eps: float) -> Any:
+    return original(ops, x_BSD, weight_D, None, eps)
 
 
 def _unscaled(original: Any, table: RopeTable) -> Any:
@@ -113,8 +138,49 @@ def _first_rows_positions(original: Any, *args: Any, positions_BS: Any = None, *
     return original(*args, positions_BS=positions_BS, **rest)
 
 
+def _next_position(original: Any, block: Any, ops: Any, m: Any, ids_BS: Any, step: Any) -> Any:
+    if isinstance(ops, TorchOps):
+        step = replace(step, positions_BS=step.positions_BS + 1)
+    return original(block, ops, m, ids_BS, step)
+
+
+def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any) -> Any:
+    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD)
+
+
 def _all_targets_count(original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor) -> Any:
     return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0))
+
+
+def _mean_of_means(original: Any, module: Any, batch: Any, micro_batches: int, device: Any) -> torch.Tensor:
+    """Each piece's mean loss, and the mean of these: what averaging the ranks' losses does."""
+    losses = [original(module, piece, 1, device) / micro_batches for piece in batch.pieces(micro_batches)]
+    for parameter in module.parameters():
+        parameter.grad /= micro_batches
+    return torch.stack(losses).sum()
+
+
+def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> None:
+    """The head gets a matrix of its own, which no checkpoint fills."""
+    value = getattr(owner, name, None)
+    if isinstance(value, nn.Parameter):
+        owner = nn.Module()
+        owner.register_parameter(name, nn.Parameter(torch.zeros_like(value)))
+    original(module, name, owner)
+
+
+def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any) -> Any:
+    """The head's share of a tied matrix's gradient is lost."""
+    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS)
+
+
+def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any) -> Any:
+    if reduce is None or bias is None:
+        return original(ops, x, weight, bias, reduce=reduce)
+    if isinstance(ops, OnnxOps):
+        partial = original(ops, x, weight, bias, reduce=None)
+        return ops._all_reduce(partial, ops.degrees[reduce])
+    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce])
 
 
 def _no_reduce(original: Any, block: Any) -> Any:
@@ -124,6 +190,17 @@ def _no_reduce(original: Any, block: Any) -> Any:
 
 def _no_enter(original: Any, block: Any) -> Any:
     return replace(original(block), enter=None)
+
+
+def _unverified(change: Patch) -> Patch:
+    """A bug in a pass, in a world where the verifier has not been written: it would refuse the Program."""
+
+    def patch(monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("verify_plan", "verify_program"):
+            monkeypatch.setattr(f"archwright.compiler.passes.{name}", lambda _: None)
+        change(monkeypatch)
+
+    return patch
 
 
 def _wrong_dim(original: Any, split: Split, shape: tuple[int, ...], rank: int) -> Any:
@@ -136,56 +213,95 @@ def _strided(original: Any, split: Split, shape: tuple[int, ...], rank: int) -> 
     )
 
 
+TORCH, ONNX, JOINED, RANKS = "torch, float32", "ONNX Runtime", "ONNX Runtime, 2 ranks joined", "two processes, float64"
+TRAINED = "two processes, training"
+
 MUTATIONS: Mapping[str, Mutation] = {
-    "scale is 1% larger, torch": Mutation(target="torch", patch=_wrap(TorchOps, "attention", _larger_scale)),
-    "scale is 1% larger, ONNX": Mutation(target="onnx", patch=_wrap(OnnxOps, "attention", _larger_scale)),
+    "scale is 1% larger, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _larger_scale)),
+    "scale is 1% larger, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "attention", _larger_scale)),
     "mask sees one position ahead, torch": Mutation(
-        target="torch", patch=_wrap(TorchOps, "attention", _sees_one_ahead)
+        comparison=TORCH, patch=_wrap(torch_ops, "_visible", _sees_one_ahead)
     ),
     "mask hides the token itself, ONNX": Mutation(
-        target="onnx", patch=_on_node("LessOrEqual", lambda _, inputs, rest: ("Less", inputs, rest))
+        comparison=ONNX, patch=_on_node("LessOrEqual", lambda _, inputs, rest: ("Less", inputs, rest))
     ),
-    "rope on interleaved pairs, torch": Mutation(target="torch", patch=_wrap(TorchOps, "rope", _interleaved)),
+    "window is one token wider, torch": Mutation(comparison=TORCH, patch=_wrap(torch_ops, "_visible", _wider_window)),
+    "window is one token wider, ONNX": Mutation(
+        comparison=ONNX, patch=_on_node("Greater", lambda _, inputs, rest: ("GreaterOrEqual", inputs, rest))
+    ),
+    "rope on interleaved pairs, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "rope", _interleaved)),
     "rope on interleaved pairs, ONNX": Mutation(
-        target="onnx",
+        comparison=ONNX,
         patch=_on_node(
             "RotaryEmbedding", lambda _, inputs, rest: ("RotaryEmbedding", inputs, {**rest, "interleaved": 1})
         ),
     ),
-    "rope scaling forgotten, torch": Mutation(target="torch", patch=_wrap(RopeTable, "frequencies", _unscaled)),
-    "rope scaling forgotten, ONNX": Mutation(target="onnx", patch=_wrap(RopeTable, "frequencies", _unscaled)),
-    "gate and up swapped, torch": Mutation(target="torch", patch=_wrap(SwiGLU, "forward", _swapped_gate)),
-    "gate and up swapped, ONNX": Mutation(target="onnx", patch=_wrap(SwiGLU, "forward", _swapped_gate)),
-    "eps forgotten, torch": Mutation(target="torch", patch=_wrap(TorchOps, "rms_norm", _no_eps)),
-    "eps forgotten, ONNX": Mutation(target="onnx", patch=_wrap(OnnxOps, "rms_norm", _no_eps)),
-    "cache written one row too far, torch": Mutation(target="torch", patch=_wrap(TorchOps, "kv_update", _next_row)),
+    "rope tables in the computation's dtype, torch": Mutation(
+        comparison="torch, RoPE in bfloat16", patch=_wrap(torch_ops, "_rotation", _narrow_tables)
+    ),
+    "rope tables in the computation's dtype, ONNX": Mutation(
+        comparison="ONNX Runtime, bfloat16 weights", patch=_wrap(OnnxOps, "_external", _narrow_onnx_tables)
+    ),
+    "rope scaling forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(RopeTable, "frequencies", _unscaled)),
+    "rope scaling forgotten, ONNX": Mutation(comparison=ONNX, patch=_wrap(RopeTable, "frequencies", _unscaled)),
+    "learned positions counted from 1, torch": Mutation(
+        comparison=TORCH, patch=_wrap(PositionedEmbedding, "forward", _next_position)
+    ),
+    "learned positions counted from 1, ONNX": Mutation(
+        comparison=ONNX, patch=_wrap(OnnxOps, "embed", _next_row_of_positions)
+    ),
+    "every row at the first row's positions, torch": Mutation(
+        comparison=TORCH, patch=_wrap(torch_module, "make_step", _first_rows_positions)
+    ),
+    "gate and up swapped, torch": Mutation(comparison=TORCH, patch=_wrap(SwiGLU, "forward", _swapped_gate)),
+    "gate and up swapped, ONNX": Mutation(comparison=ONNX, patch=_wrap(SwiGLU, "forward", _swapped_gate)),
+    "the other GELU, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "gelu", _other_gelu)),
+    "the other GELU, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "gelu", _other_gelu)),
+    "eps of RMSNorm forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "rms_norm", _no_eps)),
+    "eps of RMSNorm forgotten, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "rms_norm", _no_eps)),
+    "eps of LayerNorm forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "layer_norm", _no_eps)),
+    "eps of LayerNorm forgotten, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "layer_norm", _no_eps)),
+    "bias of LayerNorm forgotten, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "layer_norm", _no_norm_bias)),
+    "cache written one row too far, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "kv_update", _next_row)),
     "cache written one row too far, ONNX": Mutation(
-        target="onnx",
+        comparison=ONNX,
         patch=_on_node(
             "TensorScatter",
             lambda ops, inputs, rest: ("TensorScatter", [*inputs[:2], inputs[2] + ops._integers(1)], rest),
         ),
     ),
-    "cache not written in decode, torch": Mutation(target="torch", patch=_wrap(TorchOps, "kv_update", _unwritten_row)),
-    "key/value heads tiled, torch": Mutation(target="torch", patch=_wrap(TorchOps, "attention", _tiled_heads)),
-    "every row at the first row's positions, torch": Mutation(
-        target="torch", patch=_wrap(torch_module, "make_step", _first_rows_positions)
+    "stale cache row in decode, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "kv_update", _unwritten_row)),
+    "key/value heads tiled, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _tiled_heads)),
+    "tied head untied, torch": Mutation(comparison=TORCH, patch=_wrap(BlockModule, "borrow", _untied)),
+    "head's gradient lost": Mutation(
+        comparison="torch, gradients", patch=_wrap(TorchOps, "linear_cross_entropy", _head_forgets)
     ),
     "masked targets count, torch": Mutation(
-        target="torch", patch=_wrap(TorchOps, "linear_cross_entropy", _all_targets_count)
+        comparison=TORCH, patch=_wrap(TorchOps, "linear_cross_entropy", _all_targets_count)
+    ),
+    "loss averaged per micro-batch": Mutation(
+        comparison="torch, micro-batches", patch=_wrap(loop, "accumulate", _mean_of_means)
     ),
     "all-reduce missing, two processes": Mutation(
-        target="ranks", patch=_wrap_path(f"{PARTITION}:_annotate", _no_reduce)
+        comparison=RANKS, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _no_reduce))
     ),
     "all-reduce missing, joined ranks": Mutation(
-        target="joined2", patch=_wrap_path(f"{PARTITION}:_annotate", _no_reduce)
+        comparison=JOINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _no_reduce))
+    ),
+    "bias added on every rank, two processes": Mutation(
+        comparison=RANKS, patch=_wrap(TorchOps, "linear", _bias_on_every_rank)
+    ),
+    "bias added on every rank, joined ranks": Mutation(
+        comparison=JOINED, patch=_wrap(OnnxOps, "linear", _bias_on_every_rank)
     ),
     "gradient not summed over ranks": Mutation(
-        target="gradients", patch=_wrap_path(f"{PARTITION}:_annotate", _no_enter)
+        comparison=TRAINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _no_enter))
     ),
-    "weights cut along the wrong dim": Mutation(target="joined2", patch=_wrap(Split, "slices", _wrong_dim)),
-    "weights cut in strides": Mutation(target="joined2", patch=_wrap(Split, "slices", _strided)),
+    "weights cut along the wrong dim": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _wrong_dim)),
+    "weights cut in strides, joined ranks": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _strided)),
+    "weights cut in strides, two processes": Mutation(comparison=RANKS, patch=_wrap(Split, "slices", _strided)),
     "ranks read the wrong key/value head": Mutation(
-        target="joined4", patch=_wrap(Split, "piece", lambda _, split, rank: rank % split.parts)
+        comparison="ONNX Runtime, 4 ranks joined",
+        patch=_wrap(Split, "piece", lambda _, split, rank: rank % split.parts),
     ),
 }

@@ -1,63 +1,137 @@
 """Random legal specs. A seed is a spec, on every machine and in every run."""
 
 import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ruamel.yaml import YAML
 
 from archwright.spec import Spec, load
+from archwright.spec.models import Layer
 
-HEAD_DIMS = (8, 10, 12, 14, 16, 18, 20)
+Tree = dict[str, Any]
+"""A spec as its YAML file says it."""
+Family = Literal["llama", "mistral", "qwen2"]
+
+DEGREES = (1, 2, 4, 8)
 
 
 def random_spec(seed: int, folder: Path) -> Spec:
-    """A small Llama-shaped model that tensor degree 2 can split, read from a file as a user's would be.
-
-    Drawn: the ratio of query to key/value heads (multi-head and multi-query among them), odd widths, head sizes that
-    are no powers of two, depth, tying, an odd vocabulary, eps, and RoPE with and without Llama 3.1's scaling, whose
-    ramp lies inside the sequences that are tried.
+    """A small model of any kind that the language knows and tensor degree 2 can split, read from a file as a user's
+    would be; see `random_tree`.
     """
-    path = folder / f"spec{seed}.yaml"
+    return load_tree(random_tree(seed), folder / f"spec{seed}.yaml")
+
+
+def load_tree(tree: Tree, path: Path) -> Spec:
+    """Write a spec to `path` and load it."""
     with path.open("w") as file:
-        YAML().dump(_tree(random.Random(seed)), file)
+        YAML().dump(tree, file)
     return load(path)
 
 
-def _tree(rng: random.Random) -> dict[str, Any]:
-    kv_heads = rng.choice((1, 2, 4))
-    heads = kv_heads * rng.choice((2, 3, 4) if kv_heads == 2 else (2, 4) if kv_heads == 1 else (1, 2))
-    head_dim = rng.choice(HEAD_DIMS)
-    attention: dict[str, Any] = {"kind": "gqa", "heads": heads, "position": _rope(rng)}
-    if kv_heads != heads or rng.random() < 0.5:
-        attention["kv_heads"] = kv_heads
-    hidden_size = rng.randrange(17, 66)
-    if rng.random() < 0.2:
-        hidden_size = heads * head_dim
-    else:
-        attention["head_dim"] = head_dim
-    return {
-        "version": 1,
-        "name": "random",
-        "model": {
-            "vocab_size": rng.randrange(37, 212, 2),
-            "hidden_size": hidden_size,
-            "max_positions": rng.randrange(48, 120),
-            "layers": rng.randrange(1, 4),
-            "layer": {
-                "norm": {"kind": "rmsnorm", "eps": 10 ** rng.uniform(-6, -3)},
-                "attention": attention,
-                "ffn": {"kind": "swiglu", "hidden_size": rng.randrange(20, 120, rng.choice((2, 4)))},
-            },
-            "tied_embeddings": rng.random() < 0.5,
-        },
-        "parallel": {"tensor": 2},
-        "build": {"parallel": {"tensor": 2}},
+def random_tree(seed: int) -> Tree:
+    """The file of a random model.
+
+    Drawn: the ratio of query to key/value heads (multi-head and multi-query among them), odd widths and an odd
+    vocabulary, head sizes that are no powers of two and, without RoPE, odd ones; biases of attention and of the
+    feed-forward; RMSNorm and LayerNorm with and without a bias; SwiGLU and both GELUs; windows from one token to more
+    than the model has; RoPE with and without Llama 3.1's scaling (whose ramp lies inside the sequences that are
+    tried), learned positions, both, and none; tying; and in a third of the specs two or three runs of different
+    layers.
+    """
+    rng = random.Random(seed)
+    model: Tree = {
+        "vocab_size": rng.randrange(37, 212, 2),
+        "hidden_size": rng.randrange(17, 66),
+        "max_positions": rng.randrange(48, 120),
     }
+    rotary, learned = rng.choice(((0.9, 0.0), (0.9, 0.0), (0.1, 0.9), (0.5, 0.5), (0.0, 0.0)))
+    if rng.random() < learned:
+        model["positions"] = {"kind": "learned"}
+    if rng.random() < 1 / 3:
+        runs = [{"repeat": rng.randrange(1, 3), "layer": _layer(rng, rotary)} for _ in range(rng.choice((2, 2, 3)))]
+        model["layers"] = runs
+    else:
+        model |= {"layers": rng.randrange(1, 4), "layer": _layer(rng, rotary)}
+        if rng.random() < 0.2:  # head_dim by default
+            attention = model["layer"]["attention"]
+            model["hidden_size"] = attention["heads"] * attention.pop("head_dim")
+    return _document(model | {"tied_embeddings": rng.random() < 0.5})
 
 
-def _rope(rng: random.Random) -> dict[str, Any]:
-    rope: dict[str, Any] = {"kind": "rope", "theta": 10 ** rng.uniform(2, 6)}
+def family_spec(family: Family, seed: int, folder: Path) -> Spec:
+    """A random spec of a family that `transformers` knows: equal layers of RMSNorm, RoPE and SwiGLU.
+
+    Llama has biases everywhere or nowhere; Mistral a window, mostly shorter than the sequences; Qwen2 biases on
+    queries, keys and values. Llama's hidden size is a multiple of the heads, on which `LlamaConfig` insists.
+    """
+    rng = random.Random(f"{family} {seed}")
+    attention, hidden_size = _heads(rng), rng.randrange(17, 66)
+    ffn: Tree = {"kind": "swiglu", "hidden_size": rng.randrange(20, 120, 2)}
+    attention |= {"head_dim": rng.randrange(8, 21, 2), "position": _rope(rng)}
+    if family == "llama":
+        hidden_size = -(-hidden_size // attention["heads"]) * attention["heads"]
+        attention["bias"], ffn["bias"] = rng.choice(("none", "all")), rng.random() < 0.3
+    elif family == "mistral":
+        attention["mask"] = {"kind": "window", "size": rng.choice((1, 2, 3, 5, 8, 13, 64))}
+    else:
+        attention["bias"] = "qkv"
+    norm = {"kind": "rmsnorm", "eps": 10 ** rng.uniform(-6, -3)}
+    model = {
+        "vocab_size": rng.randrange(37, 212, 2),
+        "hidden_size": hidden_size,
+        "max_positions": rng.randrange(48, 120),
+        "layers": rng.randrange(1, 4),
+        "layer": {"norm": norm, "attention": attention, "ffn": ffn},
+        "tied_embeddings": rng.random() < 0.5,
+    }
+    return load_tree(_document(model), folder / f"{family}{seed}.yaml")
+
+
+def _document(model: Tree) -> Tree:
+    degree = {"tensor": 2}
+    return {"version": 1, "name": "random", "model": model, "parallel": degree, "build": {"parallel": {**degree}}}
+
+
+def _layer(rng: random.Random, rotary: float) -> Tree:
+    """rotary: the chance that attention turns by RoPE."""
+    attention = _heads(rng)
+    if rng.random() < rotary:
+        attention |= {"head_dim": rng.randrange(2, 21, 2), "position": _rope(rng)}
+    else:
+        attention |= {"head_dim": rng.randrange(1, 21), "position": {"kind": "none"}}
+    attention["bias"] = rng.choice(("none", "none", "qkv", "all"))
+    if rng.random() < 0.5:
+        sizes = (1, rng.randrange(2, 9), rng.randrange(2, 9), rng.randrange(9, 41), rng.randrange(120, 5000))
+        attention["mask"] = {"kind": "window", "size": rng.choice(sizes)}
+    return {"norm": _norm(rng), "attention": attention, "ffn": _ffn(rng)}
+
+
+def _heads(rng: random.Random) -> Tree:
+    kv_heads = rng.choice((1, 1, 2, 2, 2, 4, 4, 6, 8))
+    ratios = {1: (2, 4, 6, 8), 2: (1, 2, 3, 4, 5), 4: (1, 2, 3), 6: (1, 2), 8: (1, 2)}
+    heads = kv_heads * rng.choice(ratios[kv_heads])
+    given = kv_heads != heads or rng.random() < 0.5
+    return {"kind": "gqa", "heads": heads} | ({"kv_heads": kv_heads} if given else {})
+
+
+def _norm(rng: random.Random) -> Tree:
+    eps = 10 ** rng.uniform(-6, -3)
+    if rng.random() < 0.5:
+        return {"kind": "rmsnorm", "eps": eps}
+    return {"kind": "layernorm", "eps": eps, "bias": rng.random() < 0.6}
+
+
+def _ffn(rng: random.Random) -> Tree:
+    size = rng.randrange(24, 120, rng.choice((2, 4, 8)))
+    ffn = {"kind": rng.choice(("swiglu", "gelu")), "hidden_size": size, "bias": rng.random() < 0.5}
+    return ffn | ({"approximation": rng.choice(("none", "tanh"))} if ffn["kind"] == "gelu" else {})
+
+
+def _rope(rng: random.Random) -> Tree:
+    rope: Tree = {"kind": "rope", "theta": 10 ** rng.uniform(2, 6)}
     if rng.random() < 0.4:
         low = rng.uniform(0.5, 1.5)
         rope["scaling"] = {
@@ -70,12 +144,61 @@ def _rope(rng: random.Random) -> dict[str, Any]:
     return rope
 
 
+def layers_of(spec: Spec) -> Iterator[Layer]:
+    """One layer of each run."""
+    return (run.layer for run in spec.model.runs)
+
+
 def legal_degrees(spec: Spec) -> tuple[int, ...]:
     """The tensor degrees that the model can be split into."""
-    attention, inner = spec.model.layer.attention, spec.model.layer.ffn.hidden_size
+    return tuple(degree for degree in DEGREES if all(_splits(layer, degree) for layer in layers_of(spec)))
+
+
+def _splits(layer: Layer, degree: int) -> bool:
+    attention = layer.attention
     kv_heads = attention.kv_heads or attention.heads
-    return tuple(
-        degree
-        for degree in (1, 2, 4)
-        if attention.heads % degree == 0 and inner % degree == 0 and (kv_heads % degree == 0 or degree % kv_heads == 0)
-    )
+    shared = kv_heads % degree == 0 or degree % kv_heads == 0
+    return attention.heads % degree == 0 and layer.ffn.hidden_size % degree == 0 and shared
+
+
+def features(spec: Spec) -> Mapping[str, bool]:
+    """What a spec exercises, by name."""
+    model, layers = spec.model, list(layers_of(spec))
+    attentions = [layer.attention for layer in layers]
+    kv = [(a.heads, a.kv_heads or a.heads) for a in attentions]
+    windows = [a.mask.size for a in attentions if a.mask.kind == "window"]
+    norms, ffns = [layer.norm for layer in layers], [layer.ffn for layer in layers]
+    ropes = [a.position for a in attentions if a.position.kind == "rope"]
+    return {
+        "multi-head": any(heads == few for heads, few in kv),
+        "multi-query": any(few == 1 for _, few in kv),
+        "grouped heads": any(1 < few < heads for heads, few in kv),
+        "a ratio that is no power of two": any(heads // few in (3, 5, 6) for heads, few in kv),
+        "odd hidden size": model.hidden_size % 2 == 1,
+        "odd head_dim": any(model.head_dim(a) % 2 for a in attentions),
+        "head_dim by default": any(a.head_dim is None for a in attentions),
+        "no biases": all(a.bias == "none" and not f.bias for a, f in zip(attentions, ffns, strict=True)),
+        "biases on q, k, v": any(a.bias == "qkv" for a in attentions),
+        "biases on q, k, v, o": any(a.bias == "all" for a in attentions),
+        "biases in the feed-forward": any(f.bias for f in ffns),
+        "rmsnorm": any(n.kind == "rmsnorm" for n in norms),
+        "layernorm": any(n.kind == "layernorm" and not n.bias for n in norms),
+        "layernorm with bias": any(n.kind == "layernorm" and n.bias for n in norms),
+        "swiglu": any(f.kind == "swiglu" for f in ffns),
+        "gelu": any(f.kind == "gelu" and f.approximation == "none" for f in ffns),
+        "gelu by tanh": any(f.kind == "gelu" and f.approximation == "tanh" for f in ffns),
+        "window of one token": 1 in windows,
+        "window inside the sequences": any(1 < size < 9 for size in windows),
+        "window beyond the sequences": any(size > model.max_positions for size in windows),
+        "causal": len(windows) < len(layers),
+        "rope": bool(ropes),
+        "rope scaling": any(rope.scaling for rope in ropes),
+        "learned positions": model.positions is not None,
+        "learned positions and rope": model.positions is not None and bool(ropes),
+        "no positions": model.positions is None and not ropes,
+        "mixed stack": len(set(layers)) > 1,
+        "tied": model.tied_embeddings,
+        "untied": not model.tied_embeddings,
+        "4 ranks": 4 in legal_degrees(spec),
+        "8 ranks": 8 in legal_degrees(spec),
+    }

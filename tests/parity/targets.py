@@ -65,10 +65,13 @@ def run_torch(case: Case, module: TorchProgram) -> Outputs:
         )
 
 
-def run_onnx(case: Case, plan: Plan, folder: Path) -> Outputs:
-    """ONNX Runtime through Archwright's own back end: the graph of one rank, or of all ranks joined."""
-    export_graphs(plan, case.weights, folder, precision="float32", capacity=case.capacity)
-    backend = open_graphs(folder, ranks=plan.degrees.world, precision="float32")
+def run_onnx(case: Case, plan: Plan, folder: Path, precision: str = "float32") -> Outputs:
+    """ONNX Runtime through Archwright's own back end: the graph of one rank, or of all ranks joined.
+
+    Half-precision graphs are computed in float32 with the weights that they hold.
+    """
+    export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity)
+    backend = open_graphs(folder, ranks=plan.degrees.world, precision=precision)
 
     def new_forward(batch: int) -> Forward:
         cache = backend.new_cache(batch, case.capacity)

@@ -1,99 +1,65 @@
-"""The differential suite can fail: each seeded bug turns its comparison red, and without it the same one is green."""
+"""The differential suite can fail: each seeded bug turns one of its comparisons red, on one of its own specs.
 
-from collections.abc import Callable
-from pathlib import Path
-
-import pytest
-import torch
-
-from archwright.compiler.ir import Degrees
-from archwright.compiler.passes import lower, partition
-from archwright.compiler.tolerances import TOLERANCES, largest_error
-from archwright.spec import load
-from tests.parity.cases import Case, Outputs, make_case, oracle
-from tests.parity.conftest import Ranks, Record
-from tests.parity.mutations import MUTATIONS
-from tests.parity.targets import compare, run_onnx, run_torch, torch_module
-from tests.parity.test_differential import GRADIENT_TOLERANCE, one_process_gradients
-
-SPEC = """\
-version: 1
-name: mutated
-model:
-  vocab_size: 61
-  hidden_size: 33
-  max_positions: 64
-  layers: 2
-  layer:
-    norm: {kind: rmsnorm, eps: 1e-3}
-    attention:
-      kind: gqa
-      heads: 8
-      kv_heads: 2
-      head_dim: 10
-      position: {kind: rope, theta: 10_000, scaling: {kind: llama3, original_max_positions: 32}}
-    ffn: {kind: swiglu, hidden_size: 44}
+Without the bug the same comparisons of the same specs are green: that is the suite. The table of bugs is printed at the
+end of the run.
 """
 
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+
+from tests.parity.comparisons import COMPARISONS, Subject
+from tests.parity.conftest import Record
+from tests.parity.mutations import MUTATIONS
+from tests.parity.ranks import Ranks
+from tests.parity.strategies import random_spec
+from tests.parity.test_differential import NUM_SPECS
+
+MARGIN = 10
+"""Times the tolerance, so that a bug is told from rounding by a wide margin."""
+
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    path = tmp_path_factory.mktemp("mutations") / "spec.yaml"
-    path.write_text(SPEC)
-    return make_case(lower(load(path)), seed=0)
+def subject_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Subject]:
+    """Seed → the suite's subject, its right answers computed before there is a bug."""
+    folder = tmp_path_factory.mktemp("mutations")
+
+    @cache
+    def make(seed: int) -> Subject:
+        subject = Subject(spec=random_spec(seed, folder), seed=seed, folder=folder / str(seed))
+        assert subject.expected is not None and subject.gradients
+        return subject
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def expected(case: Case) -> Outputs:
-    return oracle(case)
-
-
-@pytest.fixture(scope="module")
-def gradients(case: Case) -> dict[str, object]:
-    return one_process_gradients(case)
-
-
-@pytest.fixture
-def excess(
-    case: Case, expected: Outputs, gradients: dict[str, object], ranks: Ranks, tmp_path: Path
-) -> Callable[[str], float]:
-    """Target → its error in units of the tolerance; infinite where it refuses the work."""
-
-    def measure(target: str) -> float:
-        degree = {"joined2": 2, "joined4": 4, "ranks": 2, "gradients": 2}.get(target, 1)
-        plan = partition(case.program, Degrees(tensor=degree))
-        if target == "torch":
-            outputs = run_torch(case, torch_module(case, torch.float32))
-            return compare(outputs, expected) / TOLERANCES["torch", "float32"]
-        if target == "ranks":
-            answers = ranks.run(case, plan, dtype="float32")
-            return max(compare(answer, expected) for answer in answers) / TOLERANCES["torch", "float32"]
-        if target == "gradients":
-            _, _, actual = ranks.run(case, plan, dtype=None)[0]
-            return max(largest_error(actual[name], gradients[name]) for name in gradients) / GRADIENT_TOLERANCE
-        return compare(run_onnx(case, plan, tmp_path), expected) / TOLERANCES["onnxruntime", "float32"]
-
-    def guarded(target: str) -> float:
-        try:
-            return measure(target)
-        except AssertionError:  # the writer's check of shapes
-            return float("inf")
-
-    return guarded
-
-
-@pytest.mark.parametrize("target", sorted({mutation.target for mutation in MUTATIONS.values()}))
-def test_without_a_bug_the_comparison_is_green(target: str, excess: Callable[[str], float]) -> None:
-    assert excess(target) <= 1
+def excess(subject: Subject, comparison: str, ranks: Ranks) -> float:
+    """The error in units of the tolerance; infinite where the target refuses the work."""
+    item = COMPARISONS[comparison]
+    try:
+        return item.measure(subject, ranks) / item.tolerance
+    except AssertionError:  # ranks that differ, the writer's check of shapes; anything else is a bug of the bug
+        return float("inf")
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_a_bug_turns_the_comparison_red(
-    name: str, excess: Callable[[str], float], monkeypatch: pytest.MonkeyPatch, record: Record
+def test_a_bug_turns_the_suite_red(
+    name: str,
+    subject_of: Callable[[int], Subject],
+    ranks: Ranks,
+    monkeypatch: pytest.MonkeyPatch,
+    record: Record,
 ) -> None:
     mutation = MUTATIONS[name]
-    mutation.patch(monkeypatch)
-    error = excess(mutation.target)
-    record("times the tolerance", error)
-    # Ten times, so that a bug is told from rounding by a wide margin.
-    assert error > 10
+    for seed in range(NUM_SPECS):
+        subject = subject_of(seed)
+        if not COMPARISONS[mutation.comparison].applies(subject):
+            continue
+        with monkeypatch.context() as patched, ranks.mutated(name):
+            mutation.patch(patched)
+            error = excess(subject, mutation.comparison, ranks)
+        if error > MARGIN:
+            record("mutation", (name, mutation.comparison, seed, error))
+            return
+    pytest.fail(f"no spec turned red: {name}")

@@ -5,6 +5,8 @@ python -m tests.parity.worker RANK WORLD RENDEZVOUS_FILE
 
 import pickle
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -15,8 +17,7 @@ import torch.distributed as dist
 from archwright.compiler.distributed.apply import apply_plan, gather, make_mesh
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
-from archwright.compiler.ir import Degrees, Plan, Program
-from archwright.compiler.passes.partition import TABLE
+from archwright.compiler.ir import Plan, Program
 from tests.parity.cases import Array, Case, Outputs
 from tests.parity.targets import load_weights, run_torch
 
@@ -50,12 +51,26 @@ def run_trained(case: Case, plan: Plan) -> tuple[Array, float, dict[str, Array]]
 
 
 def answer(request: dict[str, Any]) -> Any:
-    case, program, local = request["case"], request["program"], request["local"]
-    if request["dtype"] is not None:
-        return run_local(case, program, local, getattr(torch, request["dtype"]))
-    return run_trained(
-        case, Plan(degrees=Degrees(tensor=dist.get_world_size()), table=TABLE, program=program, local=local)
-    )
+    case, plan, dtype = request["case"], request["plan"], request["dtype"]
+    with seeded(request["mutation"]):
+        if dtype is None:
+            return run_trained(case, plan)
+        return run_local(case, plan.program, plan.local, getattr(torch, dtype))
+
+
+@contextmanager
+def seeded(mutation: str | None) -> Iterator[None]:
+    """The bug of that name in this process, as the parent has it."""
+    if mutation is None:
+        yield
+        return
+    import pytest
+
+    from tests.parity.mutations import MUTATIONS
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        MUTATIONS[mutation].patch(monkeypatch)
+        yield
 
 
 def main(rank: int, world: int, rendezvous: str) -> None:
