@@ -58,6 +58,7 @@ train:
 build: {target: portable, precision: float32, parallel: {tensor: 2}, max_positions: 16, max_batch: 2}
 """
 CARELESS = "careless"
+ENGINE = "artifact with engine"
 Contents = dict[str, str]
 
 
@@ -112,12 +113,13 @@ def warm_up(folder: Path) -> Path:
 
 def operations(inputs: Path) -> list[Operation]:
     """Those that faults hit at every point; `inputs` is the folder of `write_inputs`."""
-    spec = str(inputs / "small.yaml")
+    spec, model = str(inputs / "small.yaml"), str(inputs / "straight" / "model")
     runs = _Runs(inputs)
     return [
         _folder("tokenizer", ["tokenizer", "train", spec]),
         _folder("data shards", ["data", "build", spec, *_paths(inputs)]),
-        _folder("artifact", ["build", str(inputs / "straight" / "model"), "--to", "onnx"]),
+        _folder("artifact", ["build", model, "--to", "onnx"]),
+        _folder(ENGINE, ["build", model, "--to", "engine", _set("build.parallel.tensor", 1)]),
         _checkpoint("checkpoint", runs, step=2),
         _checkpoint("checkpoint, written again", runs, step=4),
         _checkpoint("checkpoint, two renames", runs, step=4, exchange=False),
@@ -138,15 +140,18 @@ def longer_operations(inputs: Path) -> list[Operation]:
 
 
 def contents_of(folder: Path) -> Contents:
-    """SHA-256 by name; a manifest without what another run measures differently."""
+    """SHA-256 by name, without what another run gives differently: measurements, and the bytes of engines."""
     if not folder.is_dir():
         return {}
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    contents = {name: sha256_file(path) for name, path in found.items() if path.name != MANIFEST}
-    for name in found.keys() - contents.keys():
-        manifest = read_manifest(found[name].parent).model_dump(mode="json")
-        details = {key: value for key, value in manifest["details"].items() if key != "seal"}
-        contents[name] = json.dumps({**manifest, "details": details, "measured": None}, sort_keys=True)
+    contents: Contents = {}
+    for name, path in found.items():
+        if path.name == MANIFEST:
+            manifest = read_manifest(path.parent)
+            hashes = {file: entry.sha256 for file, entry in manifest.files.items() if not file.endswith(".engine")}
+            contents[name] = json.dumps([manifest.kind, manifest.spec_digest, hashes, manifest.details], sort_keys=True)
+        else:
+            contents[name] = "an engine" if path.suffix == ".engine" else sha256_file(path)
     return contents
 
 

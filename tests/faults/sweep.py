@@ -3,6 +3,7 @@
     python -m tests.faults.sweep FOLDER quick|full [NAME ...]   prints one JSON object an operation
 
 A process that survives its fault goes on as its user would, in the same process; after a kill another process does.
+Without names all are tried but the engine, for which a TensorRT is needed.
 quick tries one kind of fault at a point, in turn, and of the writes to a file the first, the last and every fourth.
 """
 
@@ -16,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tests.faults.injection import MODES, SPACE, Disk, Fault, Point, unflushed, unseen
-from tests.faults.operations import Operation, operations, warm_up
+from tests.faults.operations import ENGINE, Operation, operations, warm_up
 from tests.faults.trial import Child, Expected, names_of, problems_of_next_run, run_to_status, state_of
 
 WRITES_APART = 4
@@ -142,7 +143,7 @@ def _problems_of_status(status: int, text: str, fault: Fault, removing: bool) ->
 def main(arguments: list[str]) -> int:
     folder, quick, names = Path(arguments[0]), arguments[1] == "quick", arguments[2:]
     for operation in operations(warm_up(folder)):
-        if not names or operation.name in names:
+        if operation.name in names or not (names or operation.name == ENGINE):
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 print(json.dumps(asdict(sweep(operation, Path(place), quick))), flush=True)
     return 0

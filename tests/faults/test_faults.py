@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
-CARELESS = "careless"
+from archwright.compiler.targets.tensorrt_loader import load_tensorrt
+from archwright.spec import ArchwrightError
+
+CARELESS, ENGINE = "careless", "artifact with engine"
 OPERATIONS = (
     "tokenizer",
     "data shards",
@@ -50,6 +53,17 @@ def test_a_careless_writer_is_found_out(rows: Rows) -> None:
     assert "neither the old version nor the new" in text
     assert "is not flushed when" in text
     assert "the next run ended with" in text
+
+
+@pytest.mark.slow
+def test_engines_too(rows_of: Callable[..., Rows], record_property: Callable[[str, object], None]) -> None:
+    """Where a TensorRT is installed that builds on this machine."""
+    try:
+        load_tensorrt()
+    except ArchwrightError as error:
+        pytest.skip(str(error))
+    rows = rows_of("sweep", "quick", ENGINE)
+    test_old_or_new_and_the_next_run_works(rows, ENGINE, record_property)
 
 
 def test_every_operation_is_judged(rows: Rows) -> None:
