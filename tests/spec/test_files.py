@@ -60,6 +60,25 @@ def test_replacing_without_an_exchange(tmp_path: Path, monkeypatch: pytest.Monke
     test_an_existing_folder_is_refused_or_replaced(tmp_path)
 
 
+def test_an_error_between_two_renames_undoes_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    rename = Path.rename
+
+    def fail(path: Path, target: Path) -> Path:
+        if target == out and not path.name.endswith(".old"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(files, "_exchange", lambda first, second: False)
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(out, exist="replace") as folder:
+        (folder / "new").touch()
+    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out) == ["old"]
+
+
 def test_what_a_killed_writer_left_is_removed(tmp_path: Path):
     out = tmp_path / "out"
     out.mkdir()

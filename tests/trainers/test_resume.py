@@ -61,10 +61,13 @@ def test_resumed_is_straight(
 ) -> None:
     run = tmp_path / "run"
     cut(straight, run, step)
+    unfinished = run / "checkpoints" / ".step-00000010.tmp-1-0-0-0"
+    unfinished.mkdir()  # by a training with another checkpoint.every, on another machine
     with (run / METRICS).open("a") as file:
         file.write('{"step": 13, "lo')  # torn
     train(make_spec(training), run, resume=True)
     assert_same_run(straight, run, 12)
+    assert not unfinished.exists()
 
 
 def test_resume_without_a_run_begins_one(
