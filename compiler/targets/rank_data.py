@@ -1,11 +1,11 @@
 """The weights of all ranks, written beside their graphs in one pass over the model's weights.
 
-Each parameter is read once, some rows at a time. What is in memory: a few slabs of rows, and of a matrix that is stored
-transposed the whole, in the precision of the files.
+Each parameter is read once, some rows at a time, and written while the next one is read. What is in memory: a few slabs
+of rows, and of two matrices that are stored transposed the whole, in the precision of the files.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -64,36 +64,65 @@ def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Pr
     params = program.params()
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]
+        writer = stack.enter_context(_Writer())
         for placed in layout:
-            for file in files:
-                file.write(bytes(placed.offset - file.tell()))
             source = placed.external.source
-            if not isinstance(source, str):
-                table = source()
-                for file in files:
-                    write_array(file, table, placed.dtype, placed.shape, placed.name)
-            elif placed.external.transposed:
-                _write_transposed(files, placed.dtype, params[source], weights, source)
+            if isinstance(source, str):
+                produce = _transposed if placed.external.transposed else _rows
+                pieces = produce(params[source], weights, source, placed.dtype, len(files))
             else:
-                _write_rows(files, placed.dtype, params[source], weights, source)
+                pieces = iter([[source()] * len(files)])
+            for number, parts in enumerate(pieces):
+                writer.submit(files, placed, parts, first=number == 0)
 
 
-def _write_rows(files: Sequence[BinaryIO], dtype: np.dtype[Any], param: Param, weights: Weights, name: str) -> None:
-    """Append each rank's part as it is stored, [out, in]."""
-    parts = [_slices(param, rank) for rank in range(len(files))]
+class _Writer:
+    """A thread that writes while the next values are made; one piece waits at most."""
+
+    def __enter__(self) -> "_Writer":
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+        return self
+
+    def submit(self, files: Sequence[BinaryIO], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
+        """Append each rank's part to its file, behind the padding where it is the first piece of a tensor."""
+
+        def write() -> None:
+            for file, part in zip(files, parts, strict=True):
+                if first:
+                    file.write(bytes(placed.offset - file.tell()))
+                write_array(file, part, placed.dtype, part.shape, placed.name)
+
+        self._wait()
+        self._last = self._pool.submit(write)
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown()
+
+
+def _rows(param: Param, weights: Weights, name: str, dtype: np.dtype[Any], ranks: int) -> Iterator[list[Array]]:
+    """Each rank's part as it is stored, [out, in], some rows at a time."""
+    slices = [_slices(param, rank) for rank in range(ranks)]
     for rows in _slabs(param, SLAB_VALUES):
         slab = weights.read(name, (rows, *_all(param)[1:]))
-        for file, (own, *inner) in zip(files, parts, strict=True):
+        parts: list[Array] = []
+        for own, *inner in slices:
             first, stop, _ = own.indices(param.shape[0])
             mine = slice(max(first, rows.start) - rows.start, max(0, min(stop, rows.stop) - rows.start))
-            part = slab[(mine, *inner)]
-            write_array(file, part, dtype, part.shape, name)
+            parts.append(slab[(mine, *inner)])
+        yield parts
 
 
-def _write_transposed(
-    files: Sequence[BinaryIO], dtype: np.dtype[Any], param: Param, weights: Weights, name: str
-) -> None:
-    """Append each rank's part as [in, out]."""
+def _transposed(param: Param, weights: Weights, name: str, dtype: np.dtype[Any], ranks: int) -> Iterator[list[Array]]:
+    """Each rank's part as [in, out], whole."""
     whole = np.empty(param.shape[::-1], dtype)
 
     def fill(rows: slice) -> None:
@@ -102,9 +131,7 @@ def _write_transposed(
     with ThreadPoolExecutor(cpu_count()) as pool:
         for _ in pool.map(fill, _slabs(param, TILE_VALUES)):
             pass
-    for rank, file in enumerate(files):
-        part = whole[_slices(param, rank)[::-1]]
-        write_array(file, part, dtype, part.shape, name)
+    yield [whole[_slices(param, rank)[::-1]] for rank in range(ranks)]
 
 
 def _transpose(source: Array, target: Array) -> None:

@@ -59,8 +59,12 @@ def draw(
 
     def fill(start: int) -> None:
         stop = min(start + rows_at_once, last)
-        flat = _stream(key, start * row_size, stop * row_size, table)
-        out[start - first : stop - first] = flat.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
+        part = out[start - first : stop - first]
+        # Whole rows are drawn where they belong; of cut ones the rest is drawn and dropped.
+        flat = part.reshape(-1) if local[1:] == shape[1:] else np.empty((stop - start) * row_size, dtype)
+        _draw_into(flat, key, start * row_size, table)
+        if local[1:] != shape[1:]:
+            part[:] = flat.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
 
     starts = range(first, last, rows_at_once)
     if len(starts) == 1:  # by callers that have threads of their own
@@ -80,17 +84,15 @@ def _key(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:16], "little")
 
 
-def _stream(key: int, start: int, stop: int, table: NDArray[Any]) -> NDArray[Any]:
-    """Elements start..stop of the flattened parameter, looked up in the table of its 65,536 values."""
-    out = np.empty(stop - start, table.dtype)
+def _draw_into(out: NDArray[Any], key: int, start: int, table: NDArray[Any]) -> None:
+    """Elements start, start + 1, ... of the flattened parameter, looked up in the table of its 65,536 values."""
     # As integers of that size: NumPy is slow at copying types that it does not know, such as bfloat16.
-    words = f"u{table.itemsize}"
+    words, stop = f"u{table.itemsize}", start + len(out)
     for index in range(start // BLOCK, -(-stop // BLOCK)):
         begin, end = max(start, index * BLOCK), min(stop, (index + 1) * BLOCK)
         bits = _block(key, index)[begin - index * BLOCK : end - index * BLOCK]
         # Nothing wraps, 16 bits being what the table has; but with it `take` does not check each index first.
         np.take(table.view(words), bits, out=out[begin - start : end - start].view(words), mode="wrap")
-    return out
 
 
 def _block(key: int, index: int) -> NDArray[np.uint16]:
