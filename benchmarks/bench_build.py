@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -38,9 +39,13 @@ def anonymous_bytes(pid: int) -> int:
     return sum(int(fields.get(name, "0 kB").split()[0]) << 10 for name in ("RssAnon", "RssShmem"))
 
 
-def measured(command: list[str]) -> tuple[float, int]:
-    """Seconds and peak anonymous bytes of a command. Raises CalledProcessError where it fails."""
+def measured(command: list[str]) -> tuple[float, float, int]:
+    """Seconds, seconds of processor time and peak anonymous bytes of a command.
+
+    Raises CalledProcessError where it fails.
+    """
     os.sync()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     started = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peak_bytes, ended = 0, threading.Event()
@@ -58,7 +63,9 @@ def measured(command: list[str]) -> tuple[float, int]:
     watcher.join()
     if status:
         raise subprocess.CalledProcessError(status, command)
-    return seconds, peak_bytes
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return seconds, cpu_s, peak_bytes
 
 
 def plain_write(folder: Path, sizes: list[int]) -> float:
@@ -92,7 +99,7 @@ def planned_sizes(preset: str, tensor: int) -> list[int]:
 def build_once(folder: Path, preset: str, tensor: int) -> dict[str, float | int]:
     """One build, and the artifact's bytes; it is removed."""
     out = folder / "artifact"
-    build_s, peak_bytes = measured(
+    build_s, cpu_s, peak_bytes = measured(
         [str(ARCHWRIGHT), "build", f"preset:{preset}", "--to", "onnx", "-o", str(out), *build_settings(tensor)]
     )
     details = json.loads((out / "manifest.json").read_text())["measured"]
@@ -100,6 +107,7 @@ def build_once(folder: Path, preset: str, tensor: int) -> dict[str, float | int]
     shutil.rmtree(out)
     return {
         "build_s": round(build_s, 2),
+        "processor_s": round(cpu_s, 2),
         "export_s": round(details["export_s"], 2),
         "verify_s": round(details["verify_s"], 2),
         "peak_anonymous_bytes": peak_bytes,

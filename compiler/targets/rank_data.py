@@ -24,8 +24,11 @@ Array = NDArray[Any]
 
 SLAB_VALUES = 1 << 24
 """Values that are read at once where rows are written as they come."""
-TILE_VALUES = 1 << 20
-"""Values that a thread reads at once where rows are transposed."""
+TILE_VALUES = 1 << 19
+"""Values that a thread reads at once where rows are transposed: as many as its processor's cache holds."""
+SCRATCH_BYTES = 256 << 20
+"""Transposed matrices up to this size are made in memory that is used again: the system takes longer to hand out fresh
+memory than the transposing takes."""
 TILE_COLUMNS = 256
 CACHE_LINE_BYTES = 64
 
@@ -65,13 +68,17 @@ def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Pr
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("wb")) for path in paths]
         writer = stack.enter_context(_Writer())
+        scratch = _Scratch(max((placed.num_bytes for placed in layout), default=0) * len(files))
         for placed in layout:
             source = placed.external.source
-            if isinstance(source, str):
-                produce = _transposed if placed.external.transposed else _rows
-                pieces = produce(params[source], weights, source, placed.dtype, len(files))
-            else:
+            if not isinstance(source, str):
                 pieces = iter([[source()] * len(files)])
+            elif placed.external.transposed:
+                param = params[source]
+                whole = scratch.empty(param.shape[::-1], placed.dtype)
+                pieces = _transposed(param, weights, source, whole, len(files))
+            else:
+                pieces = _rows(params[source], weights, source, len(files))
             for number, parts in enumerate(pieces):
                 writer.submit(files, placed, parts, first=number == 0)
 
@@ -108,7 +115,23 @@ class _Writer:
             self._pool.shutdown()
 
 
-def _rows(param: Param, weights: Weights, name: str, dtype: np.dtype[Any], ranks: int) -> Iterator[list[Array]]:
+class _Scratch:
+    """Memory for two pieces in turn: one that is written, and one that is made."""
+
+    def __init__(self, largest_bytes: int) -> None:
+        size = min(largest_bytes, SCRATCH_BYTES)
+        self._buffers = [np.empty(size, np.uint8) for _ in range(2)]
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array whose memory is used again at the second call after this."""
+        num_bytes = prod(shape) * dtype.itemsize
+        if num_bytes > len(self._buffers[0]):
+            return np.empty(shape, dtype)
+        self._buffers.reverse()
+        return self._buffers[0][:num_bytes].view(dtype).reshape(shape)
+
+
+def _rows(param: Param, weights: Weights, name: str, ranks: int) -> Iterator[list[Array]]:
     """Each rank's part as it is stored, [out, in], some rows at a time."""
     slices = [_slices(param, rank) for rank in range(ranks)]
     for rows in _slabs(param, SLAB_VALUES):
@@ -121,9 +144,8 @@ def _rows(param: Param, weights: Weights, name: str, dtype: np.dtype[Any], ranks
         yield parts
 
 
-def _transposed(param: Param, weights: Weights, name: str, dtype: np.dtype[Any], ranks: int) -> Iterator[list[Array]]:
-    """Each rank's part as [in, out], whole."""
-    whole = np.empty(param.shape[::-1], dtype)
+def _transposed(param: Param, weights: Weights, name: str, whole: Array, ranks: int) -> Iterator[list[Array]]:
+    """Each rank's part as [in, out], in one piece; `whole` is filled with the transposed parameter."""
 
     def fill(rows: slice) -> None:
         _transpose(weights.read(name, (rows, *_all(param)[1:])), whole[:, rows])
@@ -152,7 +174,7 @@ def _transpose(source: Array, target: Array) -> None:
 def _slabs(param: Param, num_values: int) -> Iterator[slice]:
     """Ranges of rows that cover the parameter, of about `num_values` each."""
     rows, row_size = param.shape[0], prod(param.shape[1:])
-    step = max(1, num_values // row_size)
+    step = max(1, num_values // row_size // CACHE_LINE_BYTES) * CACHE_LINE_BYTES  # whole cache lines when transposed
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
