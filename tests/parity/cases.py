@@ -78,7 +78,7 @@ def make_case(program: Program, seed: int) -> Case:
     lengths = tuple(int(n) for n in rng.permutation([1, rng.integers(2, 9), rng.integers(9, 20)]))
     longest = max(lengths) + NUM_STEPS
     prompts_BS = rng.integers(0, vocab, (3, longest))
-    capacity = int(rng.integers(longest, limit + 1))
+    capacity = int(rng.integers(max(longest, ids_BS.shape[1]), limit + 1))
     return Case(
         program=program,
         weights=TestWeights(tensors=tensors),

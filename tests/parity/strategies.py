@@ -38,7 +38,7 @@ def random_tree(seed: int) -> Tree:
     vocabulary, head sizes that are no powers of two and, without RoPE, odd ones; biases of attention and of the
     feed-forward; RMSNorm and LayerNorm with and without a bias; SwiGLU and both GELUs; windows from one token to more
     than the model has; RoPE with and without Llama 3.1's scaling (whose ramp lies inside the sequences that are
-    tried), learned positions, both, and none; tying; and in a third of the specs two or three runs of different
+    tried), learned positions, both, and none; tying; and in a quarter of the specs two or three runs of different
     layers.
     """
     rng = random.Random(seed)
@@ -50,8 +50,8 @@ def random_tree(seed: int) -> Tree:
     rotary, learned = rng.choice(((0.9, 0.0), (0.9, 0.0), (0.1, 0.9), (0.5, 0.5), (0.0, 0.0)))
     if rng.random() < learned:
         model["positions"] = {"kind": "learned"}
-    if rng.random() < 1 / 3:
-        runs = [{"repeat": rng.randrange(1, 3), "layer": _layer(rng, rotary)} for _ in range(rng.choice((2, 2, 3)))]
+    if rng.random() < 1 / 4:
+        runs = [{"repeat": rng.randrange(1, 3), "layer": _layer(rng, rotary)} for _ in range(rng.choice((2, 2, 2, 3)))]
         model["layers"] = runs
     else:
         model |= {"layers": rng.randrange(1, 4), "layer": _layer(rng, rotary)}

@@ -9,15 +9,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 from archwright.compiler.distributed.apply import apply_plan, gather, make_mesh
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
-from archwright.compiler.ir import Plan, Program
+from archwright.compiler.ir import Degrees, Plan, Program
 from tests.parity.cases import Array, Case, Outputs
 from tests.parity.targets import load_weights, run_torch
 
@@ -35,9 +37,14 @@ def run_local(case: Case, program: Program, local: Program, dtype: torch.dtype) 
     return run_torch(replace(case, program=local), module)
 
 
+@cache
+def mesh_of(degrees: Degrees) -> DeviceMesh | None:
+    return make_mesh(degrees, "cpu")
+
+
 def run_trained(case: Case, plan: Plan) -> tuple[Array, float, dict[str, Array]]:
     """The module that training uses, in float64: logits, loss and the full gradients."""
-    mesh = make_mesh(plan.degrees, "cpu")
+    mesh = mesh_of(plan.degrees)
     module = apply_plan(
         plan, case.weights, dtype=torch.float64, compute_dtype=torch.float64, device=torch.device("cpu"), mesh=mesh
     )

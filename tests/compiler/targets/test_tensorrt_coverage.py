@@ -25,23 +25,27 @@ ROPE: dict[str, Any] = {"kind": "rope", "theta": 500_000.0}
 WINDOW = {"kind": "window", "size": 256}
 
 
-def layer(ffn: str, norm: str, *, ffn_bias: bool = False, **attention: Any) -> dict[str, Any]:
+BARE_LAYERNORM = {"kind": "layernorm", "bias": False}
+GPT2_FFN = {"kind": "gelu", "bias": True, "approximation": "tanh"}
+
+
+def layer(ffn: str | dict[str, Any], norm: str | dict[str, Any], **attention: Any) -> dict[str, Any]:
     return {
-        "norm": {"kind": norm},
+        "norm": {"kind": norm} if isinstance(norm, str) else norm,
         "attention": {"kind": "gqa", "heads": 12, "head_dim": 64, "position": ROPE, **attention},
-        "ffn": {"kind": ffn, "hidden_size": 3072, "bias": ffn_bias},
+        "ffn": {"hidden_size": 3072, **({"kind": ffn} if isinstance(ffn, str) else ffn)},
     }
 
 
 MODELS: dict[str, dict[str, Any]] = {
     "gpt-2": {
         "layers": 12,
-        "layer": layer("gelu", "layernorm", ffn_bias=True, bias="all", position={"kind": "none"}),
+        "layer": layer(GPT2_FFN, "layernorm", bias="all", position={"kind": "none"}),
         "positions": {"kind": "learned"},
         "tied_embeddings": True,
     },
     "qkv biases, window": {"layers": 4, "layer": layer("swiglu", "rmsnorm", kv_heads=4, bias="qkv", mask=WINDOW)},
-    "one key/value head": {"layers": 4, "layer": layer("swiglu", "layernorm", kv_heads=1)},
+    "one key/value head": {"layers": 4, "layer": layer("swiglu", BARE_LAYERNORM, kv_heads=1)},
     "mixed stack": {
         "layers": [
             {"repeat": 5, "layer": layer("swiglu", "rmsnorm", kv_heads=4, mask=WINDOW)},
