@@ -114,6 +114,7 @@ def test_torchs_own_exporter_agrees_with_the_oracle(name: str, tmp_path: Path, r
     assert error <= TOLERANCES["onnxruntime", "float32"]
 
 
+@pytest.mark.heavy
 def test_a_mixed_stack_compiles_once_a_kind_and_for_every_shape_of_a_training(tmp_path: Path) -> None:
     """Three kinds that differ in numbers alone, at lengths and batches of one and more, with and without gradients:
     more than the 8 recompilations that torch allows to one piece of code."""
