@@ -146,7 +146,7 @@ def main() -> None:
             writes_s.append(plain_write(folder, sizes))
     record = {
         "date": date.today().isoformat(),
-        "command": " ".join(["benchmarks/bench_build.py", *sys.argv[1:]]),
+        "command": f"bench_build.py --preset {chosen.preset} --tensor {chosen.tensor} --repeats {chosen.repeats}",
         "hardware": machine,
         "platform": platform.platform(),
         "versions": {"python": platform.python_version()}
