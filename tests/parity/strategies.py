@@ -55,9 +55,11 @@ def random_tree(seed: int) -> Tree:
         model["layers"] = runs
     else:
         model |= {"layers": rng.randrange(1, 4), "layer": _layer(rng, rotary)}
-        if rng.random() < 0.2:  # head_dim by default
-            attention = model["layer"]["attention"]
-            model["hidden_size"] = attention["heads"] * attention.pop("head_dim")
+        attention = model["layer"]["attention"]
+        width = attention["heads"] * attention["head_dim"]
+        if rng.random() < 0.2 and width > 16:  # a norm over 2 values is mostly rounding
+            model["hidden_size"] = width
+            del attention["head_dim"]  # the default
     return _document(model | {"tied_embeddings": rng.random() < 0.5})
 
 
