@@ -247,5 +247,5 @@ def _decode_bound_s(placed: Plan, spec: Spec, cluster: Cluster, memory: Inferenc
     return _bound_s(cost.causal_flops, total_bytes(memory), cluster, spec.build.precision)
 
 
-def _splits(placed: Plan) -> dict[str, Split | None]:
-    return {name: site.param.split for name, site in placed.program.sites().items()}
+def _splits(placed: Plan) -> dict[str, tuple[Split, ...]]:
+    return {name: site.param.splits for name, site in placed.program.sites().items()}

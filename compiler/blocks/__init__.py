@@ -1,7 +1,7 @@
 """The model's mathematics, written once. Every file here is plain Python: frozen values and their forward."""
 
 from archwright.compiler.blocks.attention import GroupedQueryAttention
-from archwright.compiler.blocks.decoder import DecoderLayer, LanguageModelHead
+from archwright.compiler.blocks.decoder import DecoderLayer, Head, LanguageModelHead
 from archwright.compiler.blocks.embedding import Embedding, PositionedEmbedding
 from archwright.compiler.blocks.ffn import GELU, FeedForward, SwiGLU
 from archwright.compiler.blocks.linear import Linear
@@ -14,6 +14,7 @@ __all__ = [
     "Embedding",
     "FeedForward",
     "GroupedQueryAttention",
+    "Head",
     "LanguageModelHead",
     "LayerNorm",
     "Linear",

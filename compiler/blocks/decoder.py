@@ -5,9 +5,8 @@ from typing import Any, TypeVar
 
 from archwright.compiler.blocks.attention import GroupedQueryAttention
 from archwright.compiler.blocks.ffn import FeedForward
-from archwright.compiler.blocks.linear import Linear
 from archwright.compiler.blocks.norm import Norm
-from archwright.compiler.ir import Block, Ops, Scope, Step, child
+from archwright.compiler.ir import Block, Boundary, Ops, Param, Scope, Step, child
 
 T = TypeVar("T")
 
@@ -27,17 +26,28 @@ class DecoderLayer(Block):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelHead(Block):
-    """Final norm and output matrix: logits_BSV, or (loss_sum, num_tokens) where the step carries targets.
+class Head(Block):
+    """Output matrix: logits_BSV, or (loss_sum, num_tokens) where the step carries targets. weight [vocab, hidden].
 
     A tied head's weight shares the embedding's parameter (`Param.share`).
+    gather: written by `partition` where the rows are cut over a mesh axis: the logits of all ranks are put together.
     """
 
-    norm: Norm = child("model.norm")
-    lm_head: Linear = child("lm_head")
+    weight: Param
+    gather: Boundary | None = None
 
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> Any:
-        x_BSD = m.norm(x_BSD)
         if step.targets_BS is None:
-            return m.lm_head(x_BSD)
-        return ops.linear_cross_entropy(x_BSD, m.lm_head.weight, step.targets_BS)
+            return ops.linear(x_BSD, m.weight, None, reduce=None, gather=self.gather)
+        return ops.linear_cross_entropy(x_BSD, m.weight, step.targets_BS, gather=self.gather)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelHead(Block):
+    """Final norm, then the output matrix."""
+
+    norm: Norm = child("model.norm")
+    lm_head: Head = child("lm_head")
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> Any:
+        return m.lm_head(m.norm(x_BSD), step)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TypeVar
 
-from archwright.compiler.ir import Block, Ops, Param, Scope
+from archwright.compiler.ir import Block, Boundary, Ops, Param, Scope
 
 T = TypeVar("T")
 
@@ -18,7 +18,7 @@ class Linear(Block):
 
     weight: Param
     bias: Param | None = None
-    reduce: str | None = None
+    reduce: Boundary | None = None
 
     def forward(self, ops: Ops[T], m: Scope[T], x: T) -> T:
         return ops.linear(x, m.weight, m.bias if self.bias else None, reduce=self.reduce)

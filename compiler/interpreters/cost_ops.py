@@ -10,11 +10,25 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from archwright.compiler.blocks import Embedding, PositionedEmbedding
-from archwright.compiler.ir import Block, Instance, Mask, Param, Program, RopeTable, Segment, Split, Step, Window
+from archwright.compiler.ir import (
+    Block,
+    Boundary,
+    Instance,
+    Mask,
+    Param,
+    Program,
+    RopeTable,
+    Segment,
+    Split,
+    Step,
+    Window,
+)
 from archwright.spec import ArchwrightError
+
+CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
 
 class Disagreement(Exception):
@@ -32,13 +46,21 @@ class Shaped:
 
     sharded: the mesh axis over which the ranks hold different parts, None for a value that all ranks hold.
     entered: the mesh axis over which the gradient of this (replicated) value is summed.
-    split: how a parameter is cut; None for what is computed.
+    spread: the mesh axis whose ranks hold different tokens of it; `shape` counts all tokens.
+    splits, partial: of a parameter, see `Param`; none for what is computed.
     """
 
     shape: tuple[int, ...]
     sharded: str | None = None
     entered: str | None = None
-    split: Split | None = None
+    spread: str | None = None
+    splits: tuple[Split, ...] = ()
+    partial: str | None = None
+
+    @property
+    def split(self) -> Split | None:
+        """How the tensor axis cuts a parameter."""
+        return next((split for split in self.splits if split.mesh_axis == "tensor"), None)
 
     def __add__(self, other: "Shaped") -> "Shaped":
         return self._combine(other, "added")
@@ -49,10 +71,10 @@ class Shaped:
     def _combine(self, other: "Shaped", word: str) -> "Shaped":
         if self.shape != other.shape:
             raise Disagreement("IR008", f"{list(self.shape)} and {list(other.shape)} are {word}")
-        if self.sharded != other.sharded:
+        if (self.sharded, self.spread) != (other.sharded, other.spread):
             raise Disagreement("IR009", f"a value {_place(self)} and one {_place(other)} are {word}")
         other.plain()
-        return replace(self.plain(), split=None)
+        return self.plain()
 
     def plain(self) -> "Shaped":
         """This value, where every use of it must be the same on all ranks: it may not have entered a mesh axis."""
@@ -66,21 +88,34 @@ class Shaped:
 
 
 def _place(value: Shaped) -> str:
+    if value.spread:
+        return f"spread over the tokens of `{value.spread}`"
     return f"sharded over `{value.sharded}`" if value.sharded else "that all ranks hold"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collective:
+    """What the ranks of a mesh axis exchange in one operation. elements: of the whole tensor, on one rank."""
+
+    kind: CollectiveKind
+    mesh_axis: str
+    elements: int
+    backward: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
     """One operation of a forward. flops: all query-key pairs. causal_flops: those that the mask shows.
 
-    all_reduce_elements: elements that each rank sums over the mesh axis.
+    collectives: of the forward and of the backward.
     """
 
+    segment: str
     path: str
     op: str
-    flops: int
-    causal_flops: int
-    all_reduce_elements: int = 0
+    flops: int = 0
+    causal_flops: int = 0
+    collectives: tuple[Collective, ...] = ()
 
 
 class CostScope(Instance):
@@ -92,7 +127,9 @@ class CostScope(Instance):
         if self.block.enter is None:
             return super().__call__(*args)
         x, *rest = args
-        return super().__call__(replace(x, entered=self.block.enter), *rest)
+        with self._ops.scope(self.path):
+            entered = self._ops.enter(x, self.block.enter)
+        return super().__call__(entered, *rest)
 
     def __getattr__(self, name: str) -> Any:
         if not isinstance(getattr(self.block, name, None), Block | Param):
@@ -108,7 +145,7 @@ class CostOps:
     splits: canonical name → how the parameter is cut, for Programs of local sizes; None: as the parameters say.
     """
 
-    def __init__(self, splits: Mapping[str, Split | None] | None = None) -> None:
+    def __init__(self, splits: Mapping[str, tuple[Split, ...]] | None = None) -> None:
         self.costs: list[Cost] = []
         self.reads: set[tuple[str, str]] = set()
         self.states: list[tuple[str, str]] = []
@@ -126,39 +163,76 @@ class CostOps:
             self._paths.pop()
 
     def param(self, name: str, param: Param) -> Shaped:
-        return Shaped(shape=param.shape, split=param.split if self._splits is None else self._splits[name])
+        splits = param.splits if self._splits is None else self._splits[name]
+        return Shaped(shape=param.shape, splits=splits, partial=param.partial)
 
-    def linear(self, x: Shaped, weight: Shaped, bias: Shaped | None, *, reduce: str | None) -> Shaped:
+    def enter(self, x: Shaped, boundary: Boundary) -> Shaped:
+        axis, tokens = boundary.mesh_axis, boundary.tokens
+        if x.spread != (axis if tokens else None) or x.sharded is not None:
+            raise Disagreement("IR009", f"a value {_place(x)} enters `{boundary}`")
+        self._exchange("enter", x, axis, *(("all_gather", "reduce_scatter") if tokens else (None, "all_reduce")))
+        return replace(x.plain(), entered=axis, spread=None)
+
+    def linear(
+        self,
+        x: Shaped,
+        weight: Shaped,
+        bias: Shaped | None,
+        *,
+        reduce: Boundary | None,
+        gather: Boundary | None = None,
+    ) -> Shaped:
         if len(weight.shape) != 2 or x.shape[-1] != weight.shape[1]:
             raise Disagreement("IR008", f"{list(x.shape)} meets a matrix {list(weight.shape)} of [out, in]")
-        y = Shaped(shape=(*x.shape[:-1], weight.shape[0]), sharded=self._linear_placement(x, weight.split, reduce))
+        y = replace(
+            self._linear_placement(x, weight, reduce and reduce.mesh_axis), shape=(*x.shape[:-1], weight.shape[0])
+        )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise Disagreement("IR008", f"a bias {list(bias.shape)} meets a matrix {list(weight.shape)} of [out, in]")
+        self._count("linear", 2 * prod(x.shape) * weight.shape[0])
+        if reduce is not None:
+            y = self._reduce("linear", y, reduce)
         if bias is not None and (bias.split and bias.split.mesh_axis) != y.sharded:
             raise Disagreement("IR009", f"the output is {_place(y)}, and the bias is cut otherwise")
-        self._count("linear", 2 * prod(x.shape) * weight.shape[0], reduced=prod(y.shape) if reduce else 0)
-        return y
+        if bias is not None:
+            _read(bias, y)
+        return y if gather is None else self._gather(y, gather)
 
-    def _linear_placement(self, x: Shaped, split: Split | None, reduce: str | None) -> str | None:
-        """The axis that the output is sharded over; checks that `enter` and `reduce` stand exactly where they must."""
+    def _reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped:
+        axis, tokens = boundary.mesh_axis, boundary.tokens
+        self._exchange(op, y, axis, *(("reduce_scatter", "all_gather") if tokens else ("all_reduce", None)))
+        return replace(y, spread=axis if tokens else None)
+
+    def _gather(self, y: Shaped, boundary: Boundary) -> Shaped:
+        if y.sharded != boundary.mesh_axis:
+            raise Disagreement("IR009", f"a value {_place(y)} is gathered over `{boundary}`")
+        self._exchange("gather", y, boundary.mesh_axis, "all_gather", None)
+        return replace(y, sharded=None)
+
+    def _linear_placement(self, x: Shaped, weight: Shaped, reduce: str | None) -> Shaped:
+        """x with the output's placement; checks that `enter` and `reduce` stand exactly where they must."""
+        split = weight.split
         contracted = split.mesh_axis if split and split.dim == 1 else None
         if reduce != contracted:
             raise Disagreement("IR009", f"`reduce` is {reduce}, and the contraction runs over {contracted}")
         if x.sharded != contracted:
             raise Disagreement("IR009", f"the input is {_place(x)}, the weight's columns are cut over {contracted}")
         if split is None or contracted:
-            x.plain()
-            return None
+            if contracted is None:
+                _read(weight, x)
+            return replace(x.plain(), sharded=None)
         if x.entered != split.mesh_axis:
             raise Disagreement(
                 "IR009", f"the rows are cut over `{split.mesh_axis}`, but the parent has no such `enter`"
             )
-        return split.mesh_axis
+        return replace(x, sharded=split.mesh_axis, entered=None)
 
-    def embed(self, ids_BS: Shaped, weight_VD: Shaped) -> Shaped:
-        if weight_VD.split is not None:
-            raise Disagreement("IR009", "an embedding cannot be cut")
-        return Shaped(shape=(*ids_BS.shape, weight_VD.shape[1]))
+    def embed(self, ids_BS: Shaped, weight_VD: Shaped, *, reduce: Boundary | None) -> Shaped:
+        split = weight_VD.split
+        if (split and split.mesh_axis) != (reduce and reduce.mesh_axis) or (split and split.dim != 0):
+            raise Disagreement("IR009", f"a table cut over {split and split.mesh_axis} is reduced over {reduce}")
+        y = Shaped(shape=(*ids_BS.shape, weight_VD.shape[1]))
+        return y if reduce is None else self._reduce("embed", y, reduce)
 
     def rms_norm(self, x_BSD: Shaped, weight_D: Shaped, eps: float) -> Shaped:
         return self._norm(x_BSD, weight_D)
@@ -172,6 +246,7 @@ class CostOps:
                 raise Disagreement("IR008", f"{list(x_BSD.shape)} meets a norm of {list(vector.shape)}")
             if x_BSD.sharded or vector.split:
                 raise Disagreement("IR009", "a norm over a sharded dim")
+            _read(vector, x_BSD)
         return x_BSD.plain()
 
     def silu(self, x: Shaped) -> Shaped:
@@ -224,16 +299,39 @@ class CostOps:
         self._count("attention", per_pair * queries * keys, causal=causal)
         return q_BNSH
 
-    def linear_cross_entropy(self, x_BSD: Shaped, weight_VD: Shaped, targets_BS: Shaped) -> tuple[Shaped, Shaped]:
+    def linear_cross_entropy(
+        self, x_BSD: Shaped, weight_VD: Shaped, targets_BS: Shaped, *, gather: Boundary | None
+    ) -> tuple[Shaped, Shaped]:
         if targets_BS.shape != x_BSD.shape[:-1]:
             raise Disagreement("IR008", f"{list(x_BSD.shape)} meets targets {list(targets_BS.shape)}")
-        self.linear(x_BSD, weight_VD, None, reduce=None)
+        logits_BSV = self.linear(x_BSD, weight_VD, None, reduce=None)
+        if logits_BSV.sharded != (gather and gather.mesh_axis) or logits_BSV.spread:
+            raise Disagreement("IR009", f"the loss over logits {_place(logits_BSV)} is gathered over {gather}")
+        if gather is not None:  # of each token: the largest logit, the sum, the target's logit
+            tokens = replace(logits_BSV, shape=(3, *targets_BS.shape))
+            self._exchange("linear_cross_entropy", tokens, gather.mesh_axis, "all_reduce", None)
         return Shaped(shape=()), Shaped(shape=())
 
-    def _count(self, op: str, flops: int, *, causal: int | None = None, reduced: int = 0) -> None:
-        path = self._paths[-1]
+    def _count(self, op: str, flops: int, *, causal: int | None = None) -> None:
         causal = flops if causal is None else causal
-        self.costs.append(Cost(path=path, op=op, flops=flops, causal_flops=causal, all_reduce_elements=reduced))
+        self.costs.append(Cost(segment=self._paths[0], path=self._paths[-1], op=op, flops=flops, causal_flops=causal))
+
+    def _exchange(
+        self, op: str, x: Shaped, axis: str, forward: CollectiveKind | None, backward: CollectiveKind | None
+    ) -> None:
+        elements = prod(x.shape)
+        collectives = [
+            Collective(kind=kind, mesh_axis=axis, elements=elements, backward=back)
+            for kind, back in ((forward, False), (backward, True))
+            if kind is not None
+        ]
+        self.costs.append(Cost(segment=self._paths[0], path=self._paths[-1], op=op, collectives=tuple(collectives)))
+
+
+def _read(param: Shaped, x: Shaped) -> None:
+    """A parameter that meets tokens of which each rank has others has a gradient that is summed; any other has not."""
+    if param.partial != x.spread and param.split is None:
+        raise Disagreement("IR009", f"a parameter partial over {param.partial} meets a value {_place(x)}")
 
 
 def _twice_hidden(queries: int, keys: int, mask: Mask) -> int:
@@ -268,8 +366,12 @@ class ProgramCost:
         return sum(cost.causal_flops for cost in self.costs)
 
     @property
-    def all_reduce_elements(self) -> int:
-        return sum(cost.all_reduce_elements for cost in self.costs)
+    def collectives(self) -> tuple[Collective, ...]:
+        return tuple(collective for cost in self.costs for collective in cost.collectives)
+
+    def of(self, segment: Segment) -> "ProgramCost":
+        """The part of one segment; the final one, whose path is empty, has what no other has."""
+        return replace(self, costs=tuple(cost for cost in self.costs if cost.segment == segment.path))
 
 
 def run_cost(
@@ -279,7 +381,7 @@ def run_cost(
     sequence: int,
     visible: int | None = None,
     targets: bool = False,
-    splits: Mapping[str, Split | None] | None = None,
+    splits: Mapping[str, tuple[Split, ...]] | None = None,
 ) -> ProgramCost:
     """Run a Program (or a pipeline stage) over shapes: `sequence` new tokens in each of `batch` rows.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from archwright.compiler.ir import Mask, Param, Program, RopeTable, Step, Window
+from archwright.compiler.ir import Boundary, Mask, Param, Program, RopeTable, Step, Window
 from archwright.compiler.ir.program import instance_of
 
 Array = NDArray[Any]
@@ -36,10 +36,12 @@ class NumpyOps:
         assert weight.shape == param.shape, f"{name} is {weight.shape}, its block says {param.shape}"
         return weight
 
-    def linear(self, x: Array, weight: Array, bias: Array | None, *, reduce: str | None) -> Array:
+    def linear(
+        self, x: Array, weight: Array, bias: Array | None, *, reduce: Boundary | None, gather: Boundary | None = None
+    ) -> Array:
         return x @ weight.T if bias is None else x @ weight.T + bias
 
-    def embed(self, ids_BS: Array, weight_VD: Array) -> Array:
+    def embed(self, ids_BS: Array, weight_VD: Array, *, reduce: Boundary | None) -> Array:
         return weight_VD[ids_BS]
 
     def rms_norm(self, x_BSD: Array, weight_D: Array, eps: float) -> Array:
@@ -93,7 +95,9 @@ class NumpyOps:
         weight_BNSL = np.exp(score_BNSL - score_BNSL.max(axis=-1, keepdims=True))
         return weight_BNSL / weight_BNSL.sum(axis=-1, keepdims=True) @ v_BNLH
 
-    def linear_cross_entropy(self, x_BSD: Array, weight_VD: Array, targets_BS: Array) -> tuple[Array, int]:
+    def linear_cross_entropy(
+        self, x_BSD: Array, weight_VD: Array, targets_BS: Array, *, gather: Boundary | None
+    ) -> tuple[Array, int]:
         logits_BSV = x_BSD @ weight_VD.T
         largest_BS1 = logits_BSV.max(axis=-1, keepdims=True)
         log_sum_BS = np.log(np.exp(logits_BSV - largest_BS1).sum(axis=-1)) + largest_BS1[..., 0]

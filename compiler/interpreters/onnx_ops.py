@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from archwright.compiler.ir import Causal, Mask, Param, RopeTable, Step, Window
+from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
 
 OPSET = 24
 DOMAIN = "archwright"
@@ -172,7 +172,16 @@ class OnnxOps:
             self.externals[name] = External(value=value, source=source, transposed=transposed)
         return Tensor(self.externals[name].value, self)
 
-    def linear(self, x: Tensor, weight: Weight, bias: Weight | None, *, reduce: str | None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Weight,
+        bias: Weight | None,
+        *,
+        reduce: Boundary | None,
+        gather: Boundary | None = None,
+    ) -> Tensor:
+        assert gather is None, "inference keeps the vocabulary whole"
         rows, columns = weight.param.shape
         if weight.param.share is None:
             # [in, out] is what MatMul multiplies with and what weight-only quantisation needs; transposing costs the
@@ -182,7 +191,7 @@ class OnnxOps:
             plain = self._stored(weight)
             matrix = self.emit("Transpose", [plain], name="linear/transpose", shape=(columns, rows), perm=[1, 0])
         y = self.emit("MatMul", [x, matrix], name="linear", shape=(*x.shape[:-1], rows))
-        y = y if reduce is None else self._all_reduce(y, self.degrees[reduce])
+        y = y if reduce is None else self._all_reduce(y, self.degrees[reduce.mesh_axis])
         return y if bias is None else self.emit("Add", [y, self._stored(bias)], name="linear/bias")
 
     def _all_reduce(self, x: Tensor, degree: int) -> Tensor:
@@ -197,7 +206,8 @@ class OnnxOps:
             nb_rank=degree,
         )
 
-    def embed(self, ids_BS: Tensor, weight_VD: Weight) -> Tensor:
+    def embed(self, ids_BS: Tensor, weight_VD: Weight, *, reduce: Boundary | None) -> Tensor:
+        assert reduce is None, "inference keeps tables whole"
         shape = (*ids_BS.shape, weight_VD.param.shape[1])
         return self.emit(
             "Gather", [self._stored(weight_VD), ids_BS], name="embed", shape=shape, dtype=self.dtype, axis=0
@@ -315,7 +325,9 @@ class OnnxOps:
         shape = (batch, 1, sequence, num_visible_of(step))
         return self.emit(op, [step.kv_positions_L, query_B1S1], name=name, shape=shape, dtype=ir.DataType.BOOL)
 
-    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Weight, targets_BS: Tensor) -> Any:
+    def linear_cross_entropy(
+        self, x_BSD: Tensor, weight_VD: Weight, targets_BS: Tensor, *, gather: Boundary | None
+    ) -> Any:
         raise AssertionError("graphs are made for inference: their steps have no targets")
 
 

@@ -1,16 +1,19 @@
 """The intermediate representation: plain frozen values, no framework."""
 
-from archwright.compiler.ir.block import Block, State, child
+from archwright.compiler.ir.block import Block, Boundary, State, child
 from archwright.compiler.ir.ops import Ops, Scope, Step
-from archwright.compiler.ir.param import Axis, Init, Normal, Ones, Param, Split, Zeros
-from archwright.compiler.ir.plan import Degrees, Plan
+from archwright.compiler.ir.param import TABLE_AXES, Axis, Init, Normal, Ones, Param, Split, Zeros
+from archwright.compiler.ir.plan import MESH_AXES, Degrees, Plan
 from archwright.compiler.ir.program import Program, Segment, Site
 from archwright.compiler.ir.scope import Instance
 from archwright.compiler.ir.values import Causal, Mask, RopeTable, Window
 
 __all__ = [
+    "MESH_AXES",
+    "TABLE_AXES",
     "Axis",
     "Block",
+    "Boundary",
     "Causal",
     "Degrees",
     "Init",

@@ -19,6 +19,25 @@ class State:
     growth: Literal["linear"] = "linear"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Boundary:
+    """A mesh axis where values that its ranks all hold meet values that they hold parts of.
+
+    tokens: outside, each rank holds a piece of the sequence only (sequence parallelism, Korthikanti et al. 2022):
+    entering gathers the pieces and reducing leaves each rank its own, where otherwise nothing and the whole sum are.
+
+            outside              inside                  outside
+            every rank: all  ──▶  parts of channels  ──▶  every rank: the sum          tokens=False
+            a piece each  ─gather▶ parts of channels ─reduce-scatter▶ a piece each     tokens=True
+    """
+
+    mesh_axis: str
+    tokens: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.mesh_axis} tokens" if self.tokens else self.mesh_axis
+
+
 def child(path: str) -> Any:
     """A child whose canonical name is `path` from the root, not its parent's path plus the field's name."""
     return field(metadata={"path": path})
@@ -29,10 +48,10 @@ class Block:
     """A layer as a value: its fields are parameters, child blocks and plain numbers; equal layers are equal values.
 
     enter: written by `partition`: the mesh axis over which this block's ranks compute different parts of the same
-    input. Its gradient is then summed over the axis (the forward is the identity).
+    input. The gradient of that input is summed over the axis.
     """
 
-    enter: str | None = None
+    enter: Boundary | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """forward(ops, m, x, ...): the mathematics, with `m` the interpreter's instance of this block."""

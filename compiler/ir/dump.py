@@ -46,7 +46,8 @@ def _param(param: Param) -> str:
     text = f"[{dims}] {param.init}"
     if param.share is not None:
         text += f", shared as {param.share}"
-    if param.split is not None:
-        split = param.split
+    for split in param.splits:
         text += f", {param.axes[split.dim]} in {split.parts} parts over {split.degree} {split.mesh_axis} ranks"
+    if param.partial is not None:
+        text += f", read for other tokens by each {param.partial} rank"
     return text

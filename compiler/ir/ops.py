@@ -8,6 +8,7 @@ V vocabulary, L visible cache positions, P cache capacity.
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
+from archwright.compiler.ir.block import Boundary
 from archwright.compiler.ir.values import Mask, RopeTable
 
 T = TypeVar("T")
@@ -39,14 +40,17 @@ class Scope(Protocol[T_co]):
 class Ops(Protocol[T]):
     """The operations that are not plain arithmetic. Each has its reference in `interpreters/numpy_ops.py`."""
 
-    def linear(self, x: T, weight: T, bias: T | None, *, reduce: str | None) -> T:
+    def linear(self, x: T, weight: T, bias: T | None, *, reduce: Boundary | None, gather: Boundary | None = None) -> T:
         """x · weightᵀ + bias; the product is summed over the mesh axis `reduce` if one is named, before the bias.
 
+        gather: the mesh axis over which the output's channels are cut, where all of them are wanted on each rank.
         x [..., in], weight [out, in], bias [out].
         """
         ...
 
-    def embed(self, ids_BS: T, weight_VD: T) -> T: ...
+    def embed(self, ids_BS: T, weight_VD: T, *, reduce: Boundary | None) -> T:
+        """Rows of a table. reduce: the mesh axis over which its rows are cut."""
+        ...
 
     def rms_norm(self, x_BSD: T, weight_D: T, eps: float) -> T: ...
 
@@ -78,6 +82,6 @@ class Ops(Protocol[T]):
         """softmax(scale · q kᵀ + mask) v, each key/value head serving N / K query heads."""
         ...
 
-    def linear_cross_entropy(self, x_BSD: T, weight_VD: T, targets_BS: T) -> Any:
-        """(Σ -log softmax(x · weightᵀ)[target], number of targets ≠ -100)."""
+    def linear_cross_entropy(self, x_BSD: T, weight_VD: T, targets_BS: T, *, gather: Boundary | None) -> Any:
+        """(Σ -log softmax(x · weightᵀ)[target], number of targets ≠ -100). gather: over which the rows are cut."""
         ...

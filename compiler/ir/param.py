@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim"]
+Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert"]
+TABLE_AXES: tuple[Axis, ...] = ("vocab", "positions")
+"""Of tables that are looked up by row. Their pieces may be filled up with rows that nobody reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Split:
     """How one dim of a parameter lies on a mesh axis: in `parts` equal pieces, rank r using piece r · parts // degree.
 
     parts = degree is ordinary sharding. parts < degree happens to key/value heads when there are fewer of them than
-    ranks: neighbouring ranks then use the same head.
+    ranks: neighbouring ranks then use the same head. Where a size is no multiple of `parts` (a table's rows), pieces
+    are of equal size and the last ones end past the tensor, with rows that no checkpoint and no count knows.
 
         degree 4, parts 2:   rank 0 ┐          rank 2 ┐
                              rank 1 ┘ piece 0  rank 3 ┘ piece 1
@@ -48,12 +51,14 @@ class Split:
 
     def slices(self, shape: tuple[int, ...], rank: int) -> tuple[slice, ...]:
         """Where the piece of `rank` (a coordinate on the mesh axis) lies in the full tensor of `shape`."""
-        size = shape[self.dim] // self.parts
-        start = self.piece(rank) * size
-        return tuple(slice(start, start + size) if dim == self.dim else slice(None) for dim in range(len(shape)))
+        total = shape[self.dim]
+        size = -(-total // self.parts)
+        start = min(self.piece(rank) * size, total)
+        stop = min(start + size, total)
+        return tuple(slice(start, stop) if dim == self.dim else slice(None) for dim in range(len(shape)))
 
     def local_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(size // self.parts if dim == self.dim else size for dim, size in enumerate(shape))
+        return tuple(-(-size // self.parts) if dim == self.dim else size for dim, size in enumerate(shape))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +68,9 @@ class Param:
     shape: sizes. axes: the logical axis of each dim; the sharding table speaks of these.
     grain: elements of each dim that must stay together (head_dim on a heads axis), 1 where anything may be cut.
     share: a key; parameters of one Program with the same key are one tensor, owned by the first reader.
-    split: None until `partition` writes it.
+    splits: written by `partition`, one for each mesh axis that cuts the tensor.
+    partial: written by `partition`: the mesh axis whose ranks read the whole tensor, each for other tokens; its
+    gradient is summed over that axis.
     """
 
     shape: tuple[int, ...]
@@ -71,7 +78,13 @@ class Param:
     init: Init
     grain: tuple[int, ...] = ()
     share: str | None = None
-    split: Split | None = None
+    splits: tuple[Split, ...] = ()
+    partial: str | None = None
+
+    @property
+    def split(self) -> Split | None:
+        """How the tensor axis cuts it: the only cut that inference knows."""
+        return next((split for split in self.splits if split.mesh_axis == "tensor"), None)
 
     @property
     def size(self) -> int:

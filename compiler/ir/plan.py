@@ -1,21 +1,50 @@
 """Plans: a Program placed on a mesh."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from archwright.compiler.ir.param import Axis
 from archwright.compiler.ir.program import Program
 
+MESH_AXES = ("pipeline", "data_replicate", "expert", "data_shard", "context", "tensor")
+"""Outermost first: neighbouring ranks are those of one tensor group."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Degrees:
-    """Sizes of the mesh axes."""
+    """Sizes of the mesh axes.
 
+    sequence: whether tensor ranks share the sequence between the matrices. stages_per_rank: pieces of the Program that
+    a pipeline rank holds, more than one under the interleaved schedule.
+    """
+
+    pipeline: int = 1
+    data_replicate: int = 1
+    expert: int = 1
+    data_shard: int = 1
+    context: int = 1
     tensor: int = 1
+    sequence: bool = False
+    stages_per_rank: int = 1
 
     @property
     def world(self) -> int:
-        return self.tensor
+        return self.pipeline * self.data * self.context * self.tensor
+
+    @property
+    def data(self) -> int:
+        """Ranks that see different sequences."""
+        return self.data_replicate * self.expert * self.data_shard
+
+    @property
+    def shard(self) -> int:
+        """Ranks over which a parameter's masters, gradients and states are cut (an expert's: without `expert`)."""
+        return self.expert * self.data_shard * self.context
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Mesh axis → degree, outermost first."""
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +55,16 @@ class Plan:
     program: the global Program, each parameter annotated with its `split`; training makes DTensors of it.
     local: the Program of one rank, of local sizes; inference emits it. Ranks of one tensor group have equal Programs,
     their weights are the slices that `program` names.
+    stages: the segments [start, stop) of each pipeline stage; stage s belongs to pipeline rank s mod degree.
     """
 
     degrees: Degrees
     table: Mapping[Axis, str]
     program: Program
     local: Program
+    stages: tuple[tuple[int, int], ...]
+
+    def stage(self, number: int) -> Program:
+        """The segments of a stage, of global sizes."""
+        start, stop = self.stages[number]
+        return replace(self.program, segments=self.program.segments[start:stop])

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from archwright.compiler.interpreters.cost_ops import Shaped, run_cost
-from archwright.compiler.ir.param import Param, Split
+from archwright.compiler.ir.param import TABLE_AXES, Param, Split
 from archwright.compiler.ir.plan import Plan
 from archwright.compiler.ir.program import Program
 from archwright.spec import ArchwrightError
@@ -14,7 +14,7 @@ from archwright.spec import ArchwrightError
 _BATCH, _SEQUENCE, _VISIBLE = 3, 7, 11
 
 
-def verify_program(program: Program, *, splits: Mapping[str, Split | None] | None = None) -> None:
+def verify_program(program: Program, *, splits: Mapping[str, tuple[Split, ...]] | None = None) -> None:
     """Check a Program: what can be read off it, then a run over shapes (whole sequence, with targets, with a cache).
 
     splits: canonical name → how the parameter is cut, where the Program's own sizes are local (see `verify_plan`).
@@ -42,11 +42,12 @@ def verify_plan(plan: Plan) -> None:
     if sites.keys() != local.keys():
         raise ArchwrightError("IR010", f"the local Program differs in {sorted(sites.keys() ^ local.keys())}")
     for place, site in sites.items():
-        split = site.param.split
-        shape = site.param.shape if split is None else split.local_shape(site.param.shape)
-        if local[place].param != replace(site.param, shape=shape, split=None):
+        shape = site.param.shape
+        for split in site.param.splits:
+            shape = split.local_shape(shape)
+        if local[place].param != replace(site.param, shape=shape, splits=()):
             raise ArchwrightError("IR010", f"the local shape is {local[place].param.shape}, not {shape}", where=place)
-    verify_program(plan.local, splits={name: site.param.split for name, site in sites.items()})
+    verify_program(plan.local, splits={name: site.param.splits for name, site in sites.items()})
 
 
 def _check_names(program: Program) -> None:
@@ -64,21 +65,22 @@ def _check_param(place: str, param: Param) -> None:
         raise ArchwrightError("IR002", f"shape {param.shape} and grain {param.grain} must be positive", where=place)
     if any(size % grain for size, grain in zip(param.shape, param.grain or param.shape, strict=True)):
         raise ArchwrightError("IR002", f"grain {param.grain} does not divide shape {param.shape}", where=place)
-    if param.split is not None:
-        _check_split(place, param, param.split)
+    for split in param.splits:
+        _check_split(place, param, split)
 
 
 def _check_split(place: str, param: Param, split: Split) -> None:
     if not 0 <= split.dim < len(param.shape):
         raise ArchwrightError("IR003", f"dim {split.dim} is cut, and there are {len(param.shape)}", where=place)
-    if split.parts < 1 or param.units(split.dim) % split.parts or split.degree % split.parts:
+    uneven = param.units(split.dim) % split.parts and param.axes[split.dim] not in TABLE_AXES
+    if split.parts < 1 or uneven or split.degree % split.parts:
         message = f"{param.units(split.dim)} units in {split.parts} parts for {split.degree} ranks do not come out even"
         raise ArchwrightError("IR003", message, where=place)
     if split.parts < split.degree and param.axes[split.dim] != "kv_heads":
         raise ArchwrightError("IR003", f"{param.axes[split.dim]} is repeated; only kv_heads may be", where=place)
 
 
-def _check_run(program: Program, splits: Mapping[str, Split | None] | None) -> None:
+def _check_run(program: Program, splits: Mapping[str, tuple[Split, ...]] | None) -> None:
     runs = [
         run_cost(program, batch=_BATCH, sequence=_SEQUENCE, splits=splits),
         run_cost(program, batch=_BATCH, sequence=_SEQUENCE, targets=True, splits=splits),
@@ -101,5 +103,5 @@ def _check_run(program: Program, splits: Mapping[str, Split | None] | None) -> N
 
 
 def _check_output(value: Shaped) -> None:
-    if value.sharded is not None or value.entered is not None:
+    if value.sharded is not None or value.entered is not None or value.spread is not None:
         raise ArchwrightError("IR009", "the Program's output is not the same on all ranks", where="the last segment")

@@ -9,6 +9,7 @@ from archwright.compiler.blocks import (
     Embedding,
     FeedForward,
     GroupedQueryAttention,
+    Head,
     LanguageModelHead,
     LayerNorm,
     Linear,
@@ -34,7 +35,7 @@ def lower(spec: Spec) -> Program:
     if model.tied_embeddings:
         table = replace(table, share="embedding")
     layers = [layer for run in model.runs for layer in [build.layer(run.layer)] * run.repeat]
-    head = LanguageModelHead(norm=build.norm(model.runs[-1].layer.norm), lm_head=Linear(weight=table))
+    head = LanguageModelHead(norm=build.norm(model.runs[-1].layer.norm), lm_head=Head(weight=table))
     return Program(
         segments=(
             build.embedding(table),

@@ -3,69 +3,118 @@
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from types import MappingProxyType
+from typing import TypeVar
 
-from archwright.compiler.blocks import Linear
-from archwright.compiler.ir import Axis, Block, Degrees, Param, Plan, Program, Split
+from archwright.compiler.blocks import Embedding, Head, LayerNorm, Linear, RMSNorm
+from archwright.compiler.ir import TABLE_AXES, Axis, Block, Boundary, Degrees, Param, Plan, Program, Split
+from archwright.compiler.passes.stages import cut_stages
 from archwright.spec import ArchwrightError
 from archwright.spec.models import BuildParallel, Parallel
 
-TABLE: Mapping[Axis, str] = MappingProxyType({"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"})
+AnyBlock = TypeVar("AnyBlock", bound=Block)
+
+INFERENCE_TABLE: Mapping[Axis, str] = MappingProxyType({"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"})
 """Logical axis → mesh axis. Axes that are not named are replicated."""
+TRAINING_TABLE: Mapping[Axis, str] = MappingProxyType(
+    {**INFERENCE_TABLE, "vocab": "tensor", "positions": "tensor", "expert": "expert"}
+)
+"""The same for training: its ranks also share the tables and the loss over the vocabulary, and the experts."""
 
 
-def degrees_of(parallel: Parallel | BuildParallel) -> Degrees:
-    return Degrees(tensor=parallel.tensor)
+def degrees_of(parallel: Parallel | BuildParallel, world: int = 1) -> Degrees:
+    """The mesh of a section. world: ranks that there are, which the axis that is `auto` fills.
+
+    Where the other degrees do not divide `world`, the result's `world` is another number.
+    """
+    if isinstance(parallel, BuildParallel):
+        return Degrees(tensor=parallel.tensor)
+    given = {axis: getattr(parallel, axis) for axis in Degrees().sizes}
+    interleaved = parallel.schedule.kind == "interleaved" and parallel.pipeline != 1
+    known = Degrees(
+        **{axis: 1 if degree == "auto" else degree for axis, degree in given.items()},
+        sequence=parallel.sequence,
+        stages_per_rank=parallel.schedule.stages_per_rank if interleaved else 1,
+    )
+    rest = max(1, world // known.world)
+    return replace(known, **{axis: rest for axis, degree in given.items() if degree == "auto"})
 
 
-def partition(program: Program, degrees: Degrees) -> Plan:
-    """Split parameters over the mesh.
+def partition(program: Program, degrees: Degrees, table: Mapping[Axis, str] = INFERENCE_TABLE) -> Plan:
+    """Split parameters over the mesh, and the segments over the pipeline.
 
     A matrix whose output axis is sharded leaves its output sharded; one that contracts over a sharded axis gets
-    `reduce`; a block whose matrices turn a replicated input into sharded outputs gets `enter`.
+    `reduce`, and so does a table whose rows are cut; a block whose matrices turn a replicated input into sharded
+    outputs gets `enter`. With `degrees.sequence` what lies between is spread over the tensor ranks token by token, and the
+    parameters that are read there are `partial`.
     Raises ArchwrightError IR001 where an axis cannot be cut.
     """
-    sizes = {"tensor": degrees.tensor}
 
-    def split_param(param: Param) -> Param:
-        return replace(param, split=_split(param, sizes))
-
-    annotated = _map_program(program, lambda block: _annotate(_map_params(block, split_param)))
-    local = _map_program(annotated, lambda block: _map_params(block, _local))
-    return Plan(degrees=degrees, table=TABLE, program=annotated, local=local)
-
-
-def _split(param: Param, sizes: Mapping[str, int]) -> Split | None:
-    for dim, axis in enumerate(param.axes):
-        mesh_axis = TABLE.get(axis)
-        if mesh_axis is None or sizes[mesh_axis] == 1:
-            continue
-        degree, units = sizes[mesh_axis], param.units(dim)
-        if units % degree == 0:
-            return Split(mesh_axis=mesh_axis, dim=dim, degree=degree, parts=degree)
-        if axis == "kv_heads" and degree % units == 0:
-            return Split(mesh_axis=mesh_axis, dim=dim, degree=degree, parts=units)
-        raise ArchwrightError(
-            "IR001",
-            f"{units} {axis} cannot be cut over {degree} {mesh_axis} ranks",
-            help=f"use a {mesh_axis} degree that divides {units}" + (" or is a multiple" if axis == "kv_heads" else ""),
+    def place(block: Block) -> Block:
+        return _annotate(
+            _map_params(block, lambda param: replace(param, splits=_splits(param, degrees, table))), degrees
         )
-    return None
+
+    annotated = _map_program(program, place)
+    local = _map_program(annotated, lambda block: _map_params(block, _local))
+    stages = cut_stages(program, degrees.pipeline * degrees.stages_per_rank)
+    return Plan(degrees=degrees, table=table, program=annotated, local=local, stages=stages)
 
 
-def _annotate(block: Block) -> Block:
+def _splits(param: Param, degrees: Degrees, table: Mapping[Axis, str]) -> tuple[Split, ...]:
+    """One for each mesh axis that cuts the parameter."""
+    sizes = degrees.sizes
+    return tuple(
+        _split(param, dim, mesh_axis, sizes[mesh_axis])
+        for dim, axis in enumerate(param.axes)
+        if (mesh_axis := table.get(axis)) is not None and sizes[mesh_axis] > 1
+    )
+
+
+def _split(param: Param, dim: int, mesh_axis: str, degree: int) -> Split:
+    axis, units = param.axes[dim], param.units(dim)
+    if units % degree == 0 or axis in TABLE_AXES:
+        return Split(mesh_axis=mesh_axis, dim=dim, degree=degree, parts=degree)
+    if axis == "kv_heads" and degree % units == 0:
+        return Split(mesh_axis=mesh_axis, dim=dim, degree=degree, parts=units)
+    raise ArchwrightError(
+        "IR001",
+        f"{units} {axis} cannot be cut over {degree} {mesh_axis} ranks",
+        help=f"use a {mesh_axis} degree that divides {units}" + (" or is a multiple" if axis == "kv_heads" else ""),
+    )
+
+
+def _annotate(block: Block, degrees: Degrees) -> Block:
+    tokens = degrees.sequence and degrees.tensor > 1
+    if isinstance(block, RMSNorm | LayerNorm):
+        return _map_params(block, _read_in_pieces) if tokens else block
     if isinstance(block, Linear):
         split = block.weight.split
-        return replace(block, reduce=split.mesh_axis if split and split.dim == 1 else None)
+        if split is None or split.dim == 0:
+            return block
+        bias = block.bias and _read_in_pieces(block.bias) if tokens else block.bias
+        return replace(block, bias=bias, reduce=Boundary(mesh_axis=split.mesh_axis, tokens=tokens))
+    if isinstance(block, Embedding | Head):
+        if block.weight.split is None:
+            return block
+        boundary = Boundary(mesh_axis=block.weight.split.mesh_axis, tokens=tokens)
+        if isinstance(block, Embedding):
+            return replace(block, reduce=boundary)
+        return replace(block, enter=boundary, gather=replace(boundary, tokens=False))
     splits = [sub.weight.split for sub in block.children().values() if isinstance(sub, Linear)]
     axes = {split.mesh_axis for split in splits if split and split.dim == 0}
     assert len(axes) <= 1, "one block's outputs lie on one mesh axis"
-    return replace(block, enter=axes.pop() if axes else None)
+    return replace(block, enter=Boundary(mesh_axis=axes.pop(), tokens=tokens) if axes else None)
+
+
+def _read_in_pieces(param: Param) -> Param:
+    return replace(param, partial="tensor")
 
 
 def _local(param: Param) -> Param:
-    if param.split is None:
-        return param
-    return replace(param, shape=param.split.local_shape(param.shape), split=None)
+    shape = param.shape
+    for split in param.splits:
+        shape = split.local_shape(shape)
+    return replace(param, shape=shape, splits=())
 
 
 def _map_program(program: Program, change: Callable[[Block], Block]) -> Program:
@@ -81,6 +130,6 @@ def _map_program(program: Program, change: Callable[[Block], Block]) -> Program:
     return replace(program, segments=tuple(replace(s, block=visit(s.block)) for s in program.segments))
 
 
-def _map_params(block: Block, change: Callable[[Param], Param]) -> Block:
+def _map_params(block: AnyBlock, change: Callable[[Param], Param]) -> AnyBlock:
     params = {f.name: change(value) for f in fields(block) if isinstance(value := getattr(block, f.name), Param)}
     return replace(block, **params)

@@ -53,7 +53,7 @@ class Planned:
 
 def planned_network(plan: Plan, *, precision: str, capacity: int) -> Planned:
     """Inputs and outputs with their TensorRT types, caches, and how many layers of which kind there must be."""
-    splits = {name: site.param.split for name, site in plan.program.sites().items()}
+    splits = {name: site.param.splits for name, site in plan.program.sites().items()}
     costs = run_cost(plan.local, batch=1, sequence=1, visible=1, splits=splits).costs
     states = {(path, state): s for path, block in plan.local.states().items() for state, s in block.items()}
     known = {"batch": None, "positions": capacity}
@@ -66,7 +66,7 @@ def planned_network(plan: Plan, *, precision: str, capacity: int) -> Planned:
         inputs=dict.fromkeys(INDICES, "INT64") | {f"past.{name}": dtype for name in caches},
         outputs={"logits": "FLOAT"} | {f"present.{name}": dtype for name in caches},
         caches=caches,
-        collectives=sum(cost.all_reduce_elements > 0 for cost in costs),
+        collectives=sum(any(not each.backward for each in cost.collectives) for cost in costs),
         attentions=sum(cost.op == "attention" for cost in costs),
     )
 

@@ -6,18 +6,50 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from archwright.spec.models.base import Node
 
+Degree = PositiveInt | Literal["auto"]
+
+
+class GPipe(Node):
+    """All forwards, then all backwards (Huang et al. 2019): simple, and holds every micro-batch's activations."""
+
+    kind: Literal["gpipe"]
+
+
+class OneForwardOneBackward(Node):
+    """1F1B (Narayanan et al. 2019): the bubble of GPipe, the activations of at most `pipeline` micro-batches."""
+
+    kind: Literal["1f1b"]
+
+
+class Interleaved(Node):
+    """Interleaved 1F1B (Narayanan et al. 2021): several stages a rank divide the bubble by their number."""
+
+    kind: Literal["interleaved"]
+    stages_per_rank: Annotated[int, Field(ge=2)] = 2
+
+
+Schedule = Annotated[GPipe | OneForwardOneBackward | Interleaved, Field(discriminator="kind")]
+
 
 class Parallel(Node):
-    """Degrees of the training mesh."""
+    """Degrees of the training mesh. One of them may be `auto`: it fills the launched world, else this host's GPUs."""
 
-    tensor: PositiveInt = 1
-    pipeline: PositiveInt = 1
-    context: PositiveInt = 1
-    expert: PositiveInt = 1
-    data_shard: PositiveInt | Literal["auto"] = "auto"
-    data_replicate: PositiveInt = 1
+    tensor: Degree = 1
+    """Ranks that share each matrix product, and the vocabulary (Shoeybi et al. 2019)."""
     sequence: bool = False
-    """Sequence parallelism on the tensor axis."""
+    """Between the matrices, tensor ranks share the sequence instead of all holding it (Korthikanti et al. 2022)."""
+    pipeline: Degree = 1
+    """Ranks that each hold some of the layers."""
+    schedule: Schedule = OneForwardOneBackward(kind="1f1b")
+    """In which order a pipeline's ranks do the micro-batches."""
+    context: Degree = 1
+    """Ranks that share each sequence; attention gathers the keys and values."""
+    expert: Degree = 1
+    """Data ranks that share the experts of mixture-of-experts layers; each keeps its own sequences."""
+    data_shard: Degree = "auto"
+    """Data ranks that share parameters, gradients and optimizer states (FSDP)."""
+    data_replicate: Degree = 1
+    """Data ranks that each hold a copy (of what `data_shard` leaves of it)."""
 
 
 class BuildParallel(Node):

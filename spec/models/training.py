@@ -59,6 +59,28 @@ class Checkpoint(Node):
     keep: PositiveInt = 2
 
 
+class KeepAll(Node):
+    """Every activation that the backward needs is kept."""
+
+    kind: Literal["none"]
+
+
+class FullRecompute(Node):
+    """Of each layer only the input is kept; the backward runs its forward again (Chen et al. 2016)."""
+
+    kind: Literal["full"]
+
+
+class SelectiveRecompute(Node):
+    """The outputs of the operations in `keep` are kept, the cheap ones between them recomputed."""
+
+    kind: Literal["selective"]
+    keep: Annotated[tuple[Literal["attention", "linear"], ...], Field(strict=False)] = ("attention", "linear")
+
+
+Recompute = Annotated[KeepAll | FullRecompute | SelectiveRecompute, Field(discriminator="kind")]
+
+
 class _TrainBase(Node):
     steps: PositiveInt = 1000
     """Optimizer steps."""
@@ -77,6 +99,7 @@ class _TrainBase(Node):
     checkpoint: Checkpoint = Checkpoint()
     log_every: PositiveInt = 10
     """Steps between lines on the console; metrics.jsonl has every step."""
+    activation_checkpointing: Recompute = KeepAll(kind="none")
     compile: bool | Literal["auto"] = "auto"
     """torch.compile per layer; auto: on a GPU."""
     base: str | None = None

@@ -117,8 +117,11 @@ def test_a_rank_sums_twice_a_layer_and_does_its_part_of_the_work() -> None:
     plan = partition(program, Degrees(tensor=2))
     splits = {name: site.param.split for name, site in plan.program.sites().items()}
     rank = run_cost(plan.local, batch=BATCH, sequence=SEQUENCE, splits=splits)
-    assert rank.all_reduce_elements == 2 * 2 * BATCH * SEQUENCE * 64
-    assert whole.all_reduce_elements == 0
+    summed = [each.elements for each in rank.collectives if not each.backward]
+    assert {(each.kind, each.mesh_axis) for each in rank.collectives} == {("all_reduce", "tensor")}
+    assert sum(summed) == 2 * 2 * BATCH * SEQUENCE * 64
+    assert sum(each.elements for each in rank.collectives if each.backward) == sum(summed)
+    assert whole.collectives == ()
     head = 2 * BATCH * SEQUENCE * 64 * 512
     assert 2 * (rank.flops - head) == whole.flops - head, "all but the head is split"
 
