@@ -29,7 +29,7 @@ def test_text_shows_the_memory_of_a_rank(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert "llama3.1-8b: inference, tensor 2, 256 replicas" in text
     assert "8,030,261,248; 4,540,600,320 on each rank" in text
-    assert "weights              9.081 GB  █████" in text
+    assert "weights                    9.081 GB  ████" in text
 
 
 def test_errors_are_the_users(capsys: pytest.CaptureFixture[str]) -> None:
