@@ -11,6 +11,7 @@ from archwright.compiler.planning.planner import plan as make_plan
 from archwright.compiler.planning.text import as_text
 from archwright.spec import load
 from archwright.spec.cli import add_output_format, add_set, parser
+from archwright.spec.files import atomic_write
 
 
 def plan(arguments: list[str]) -> int:
@@ -20,6 +21,7 @@ def plan(arguments: list[str]) -> int:
     args.add_argument("--gpus", metavar="COUNTxGPU", help=f"the machine, e.g. 8xH100; known: {', '.join(GPUS)}")
     args.add_argument("--machines", type=Path, metavar="FILE", help="YAML with further GPUs and other constants")
     args.add_argument("-o", "--output", type=Path, metavar="FILE", help="write the plan, for train and build --plan")
+    args.add_argument("--html", type=Path, metavar="FILE", help="write a page: mesh, memory, timeline, numbers")
     args.add_argument("--dump-after", metavar="PASS", choices=[item.name for item in PASSES],
                       help="print the Program after this pass instead")  # fmt: skip
     add_set(args)
@@ -33,4 +35,8 @@ def plan(arguments: list[str]) -> int:
         print(json.dumps(report.to_json(), indent=2) if chosen.output_format == "json" else as_text(report))
     if chosen.output is not None:
         write_plan(chosen.output, report, spec)
+    if chosen.html is not None:
+        from archwright.compiler.planning.page import as_html
+
+        atomic_write(chosen.html, as_html(report))
     return 1 if report.fits is False else 0

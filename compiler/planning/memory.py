@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from archwright.compiler.ir import Plan, Program
-from archwright.compiler.planning.constants import Constants
+from archwright.compiler.planning.constants import DEFAULTS, Constants
 from archwright.compiler.planning.kept import Kept, kept
 from archwright.compiler.planning.layout import Layout, ParamSize
 from archwright.compiler.planning.step_time import most_alive
@@ -20,7 +20,7 @@ class TrainingMemory:
 
         loss      all activations of the micro-batches in flight, and the loss at work
         backward  the same activations, the last layers' weights and gradients, and what is computed again
-        update    all gradients; the activations are gone
+        end       of the last backward: all gradients, and those of the first segment before they are reduced
 
     weights: masters (float32 under bfloat16). compute_weights: copies in the computation's dtype, made where they are
     used and kept for the backward; with FSDP, what is gathered. gradients: those that are there at that moment.
@@ -121,15 +121,15 @@ def _fullest(
 ) -> TrainingMemory:  # fmt: skip
     compute, master = BYTES[train.precision], max(4, BYTES[train.precision])
     whole, (activations, after) = states(layout, rank, master), alive
-    copies = _copies_bytes(layout, rank, compute, master)
-    gradients = _unsharded_gradients(layout, rank, compute, constants)
+    copies = _copies_bytes(layout, rank, compute, master, constants)
+    gradients, first = _unsharded_gradients(layout, rank, compute, constants)
     forming, scaling = _loss_bytes(layout, sequences, compute, master) if _has_head(layout, rank) else (0, 0)
     there = whole.gradients_bytes if after or train.micro_batches > 1 else 0
     working = sequences * _working_bytes(layout, rank, kept, compute)
     moments = {
         "loss": (copies, there, activations, forming, 0, 0),
         "backward": (copies, there, activations, scaling, working, gradients),
-        "update": (0, whole.gradients_bytes, 0, 0, 0, 0),
+        "end": (copies if layout.is_sharded else 0, whole.gradients_bytes, 0, 0, working, max(gradients, first)),
     }
     moment = max(moments, key=lambda name: sum(moments[name]))
     copies, there, activations, logits, working, gradients = moments[moment]
@@ -166,12 +166,13 @@ def _layer_sizes(layout: Layout, rank: int) -> list[int]:
     ]
 
 
-def _copies_bytes(layout: Layout, rank: int, compute: int, master: int) -> int:
-    """Copies of matrices in the computation's dtype; with FSDP: two layers, embedding and head."""
+def _copies_bytes(layout: Layout, rank: int, compute: int, master: int, constants: Constants | None) -> int:
+    """Copies of matrices in the computation's dtype; with FSDP: the gathered layers, embedding and head."""
     if not layout.is_sharded:
         cast = sum(each.unsharded for each in rank_params(layout, rank) if each.cast)
         return cast * compute if compute != master else 0
-    layers = sorted(_layer_sizes(layout, rank))[-2:]
+    number = round((constants or DEFAULTS)["gathered_layers"])
+    layers = sorted(_layer_sizes(layout, rank), reverse=True)[:number]
     return compute * (sum(layers) + _ends_size(layout, rank))
 
 
@@ -181,13 +182,15 @@ def _ends_size(layout: Layout, rank: int) -> int:
     return everything - sum(_layer_sizes(layout, rank))
 
 
-def _unsharded_gradients(layout: Layout, rank: int, compute: int, constants: Constants | None) -> int:
-    """FSDP's gradients of the last layers: in the computation's dtype, and widened for the reduce-scatter."""
-    if not layout.is_sharded or constants is None:
-        return 0
+def _unsharded_gradients(layout: Layout, rank: int, compute: int, constants: Constants | None) -> tuple[int, int]:
+    """FSDP's gradients before they are reduced, in the computation's dtype and widened: (layers', the embedding's)."""
+    if not layout.is_sharded:
+        return 0, 0
+    found, wide = constants or DEFAULTS, max(4, compute)
     largest = max(_layer_sizes(layout, rank), default=0)
-    wide = max(4, compute)
-    return round(largest * (constants["gradient_layers"] * compute + constants["reduced_layers"] * wide))
+    layers = round(largest * (found["gradient_layers"] * compute + found["reduced_layers"] * wide))
+    table = sum(each.unsharded for each in layout.params[layout.kinds[0]]) if rank == 0 else 0
+    return layers, table * (compute + wide)
 
 
 def _working_bytes(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: int) -> int:

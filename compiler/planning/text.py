@@ -56,7 +56,7 @@ def _memory(report: PlanReport) -> list[str]:
 _MOMENTS = {
     "loss": "in the loss of the last micro-batch",
     "backward": "as the backward begins",
-    "update": "as the optimizer begins",
+    "end": "as the last backward ends",
 }
 
 

@@ -16,7 +16,7 @@ from archwright.compiler.passes import lower
 from archwright.compiler.planning.kept import eager_bytes, kept
 from archwright.compiler.planning.layout import Layout, Layouts
 from archwright.compiler.planning.min_cut import cheapest_cut
-from archwright.compiler.planning.tracing import TraceOps, Traced
+from archwright.compiler.planning.tracing import Traced, TraceOps
 from archwright.compiler.planning.work import LOGITS_CHUNK_BYTES
 from archwright.spec import load
 from archwright.spec.models import FullRecompute, KeepAll, Recompute, SelectiveRecompute

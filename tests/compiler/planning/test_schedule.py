@@ -1,5 +1,7 @@
 """Schedules: bubbles and what is alive, by closed formulas."""
 
+import itertools
+
 import pytest
 
 from archwright.compiler.planning.schedule import alive, orders, simulate
@@ -44,7 +46,7 @@ def test_each_stage_does_each_micro_batch_once_in_both_directions(kind: str, sta
         assert before is None or task.start_s >= before.stop_s + 0.5
     for rank in range(4):
         mine = sorted((task for task in tasks if task.rank == rank), key=lambda task: task.start_s)
-        assert all(a.stop_s <= b.start_s for a, b in zip(mine, mine[1:], strict=False)), "one at a time"
+        assert all(a.stop_s <= b.start_s for a, b in itertools.pairwise(mine)), "one at a time"
 
 
 def test_what_is_alive_at_once() -> None:
