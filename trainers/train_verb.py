@@ -6,7 +6,7 @@ from pathlib import Path
 from archwright.compiler.passes import degrees_of
 from archwright.spec import load
 from archwright.spec.cli import add_set, parser
-from archwright.trainers.launch import World, check_world, run_workers, watch_parent, world_of
+from archwright.trainers.launch import World, check_world, num_gpus, run_workers, watch_parent, world_of
 
 
 def train(arguments: list[str]) -> int:
@@ -18,12 +18,14 @@ def train(arguments: list[str]) -> int:
     add_set(args)
     chosen = args.parse_args(arguments)
     spec = load(chosen.spec, chosen.overrides)
-    degrees, world = degrees_of(spec.parallel), world_of(os.environ)
-    if world is None and degrees.world > 1:
-        return run_workers(degrees.world, ["train", *arguments], os.environ)
+    world = world_of(os.environ)
+    if world is None:
+        size = degrees_of(spec.parallel, num_gpus()).world
+        if size > 1:
+            return run_workers(size, ["train", *arguments], os.environ)
     watch_parent(os.environ)
     world = world or World()
-    check_world(world, degrees.world)
+    check_world(world, spec.parallel)
     from archwright.trainers.training import train_in_world  # here, so that --help and the launcher load no torch
 
     train_in_world(spec, chosen.output, world, resume=chosen.resume)
