@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,19 @@ from archwright.trainers.run_folder import Inputs, Start, master_precision
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A model, its optimizer and its samples on this rank's device."""
+    """A model, its optimizer and its samples on this rank's device.
+
+    held_out: samples of `validation`; None where there are none, and then nothing is evaluated.
+    """
 
     spec: Spec
     train: Pretrain | Sft
     module: TorchProgram
     optimizer: Optimizers
     samples: Samples
-    held_out: Samples | None
-    validation: Split
     device: torch.device
+    held_out: Samples | None = None
+    validation: Split | None = None
 
 
 def make_trainer(spec: Spec, inputs: Inputs, start: Start, device: torch.device) -> Trainer:
@@ -45,25 +48,24 @@ def make_trainer(spec: Spec, inputs: Inputs, start: Start, device: torch.device)
 
     Raises ArchwrightError TRAIN009 where train.base is another architecture, TRAIN012 to TRAIN014 for unfit data.
     """
-    train = inputs.train
+    train, data = inputs.train, inputs.data
+    samples = make_samples(train.kind, data.train, train.sequence_length, train.seed)
+    trainer = assemble_trainer(spec, train, samples, start, device)
+    return replace(trainer, held_out=_held_out(train, data.validation), validation=data.validation)
+
+
+def assemble_trainer(
+    spec: Spec, train: Pretrain | Sft, samples: Samples, start: Start, device: torch.device
+) -> Trainer:
+    """A trainer on any samples, without evaluation: `make_trainer` after the folders are read."""
     mesh = make_mesh(degrees_of(spec.parallel), device.type)
-    samples = make_samples(train.kind, inputs.data.train, train.sequence_length, train.seed)
     module = _make_module(spec, train, start, device, mesh)
     if train.compile is True or (train.compile == "auto" and device.type == "cuda"):
         module.compile_layers()
     optimizer = make_optimizer(module, train.optimizer, DTYPES[train.precision])
     if start.checkpoint is not None:
         restore_optimizer(start.checkpoint, module, optimizer, start.progress.step)
-    return Trainer(
-        spec=spec,
-        train=train,
-        module=module,
-        optimizer=optimizer,
-        samples=samples,
-        held_out=_held_out(train, inputs.data.validation),
-        validation=inputs.data.validation,
-        device=device,
-    )
+    return Trainer(spec=spec, train=train, module=module, optimizer=optimizer, samples=samples, device=device)
 
 
 def _make_module(
@@ -187,9 +189,9 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
 
     validation_bits_per_byte = loss / ln 2 · tokens / bytes, both counts of the whole validation split.
     """
-    if trainer.held_out is None:
-        return {}
     train, split = trainer.train, trainer.validation
+    if trainer.held_out is None or split is None:
+        return {}
     loss, tokens = 0.0, 0
     for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size):
         for piece in batch.pieces(train.micro_batches):

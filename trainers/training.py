@@ -21,7 +21,7 @@ def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None
 
     Errors of the user are raised in the first rank, so that they are told once; the others leave with status 1.
     """
-    device = _device(world)
+    device = device_of(world)
     join(world, device.type)
     try:
         start = _begin_together(spec, run, world, resume=resume)
@@ -76,7 +76,7 @@ def _begin(spec: Spec, run: Path, resume: bool) -> Start:
     return prepare_run(run, spec, inputs, resume=resume)
 
 
-def _device(world: World) -> torch.device:
+def device_of(world: World) -> torch.device:
     """A GPU of its own for each process of this machine, or the CPU for all."""
     if torch.cuda.device_count() < world.local_size:
         _keep_freed_memory()
