@@ -145,8 +145,9 @@ class Llama(nn.Module):
         return LinearCrossEntropy.apply(x_TD, head_VD, targets_BS.flatten(), scale, chunk)
 
     def compile_layers(self) -> None:
-        for layer in self.model.layers:
-            layer.compile(fullgraph=True)
+        """In place, one by one: equal layers share their code. The last norm stands alone between them and the loss."""
+        for module in (*self.model.layers, self.model.norm):
+            module.compile(fullgraph=True)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -49,6 +49,15 @@ def test_the_contestants_compute_the_same(precision: str, fused: bool, tolerance
     assert ours.kept_bytes() == theirs.kept_bytes() == 3 * (8 if precision == "float64" else 4) * 125_248
 
 
+def test_the_default_is_the_preset() -> None:
+    handwritten, contestants = script("handwritten"), script("contestants")
+    spec = load("preset:llama3.2-1b")
+    assert contestants.config_of(spec) == handwritten.Config()
+    with torch.device("meta"):
+        model = handwritten.Llama(handwritten.Config(), torch.bfloat16)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_235_814_400
+
+
 def test_the_hand_written_loss_ignores_what_it_should() -> None:
     handwritten = script("handwritten")
     generator = torch.Generator().manual_seed(0)
