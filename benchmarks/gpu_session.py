@@ -120,6 +120,8 @@ class Session:
         if limit_s < LEAST_S:
             self._keep({"experiment": experiment.name, "status": "no time left"})
             return
+        # As `archwright train` starts its workers; torchrun would give each one thread.
+        self.environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // experiment.processes))
         with TemporaryDirectory() as name:
             status = self.run(experiment.name, experiment.command(Path(name), limit_s), limit_s)
             found = list(Path(name).glob("*.json"))
