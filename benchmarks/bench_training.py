@@ -17,7 +17,6 @@ does not count.
 import argparse
 import faulthandler
 import json
-import math
 import os
 import statistics
 import sys
@@ -31,11 +30,13 @@ from contestants import Archwright, Contestant, Handwritten, synthetic_samples, 
 from measuring import Timing, environment, gather_from_ranks, profile, summary, time_in_turns, time_steps
 
 from archwright.compiler import plan
+from archwright.compiler.ir import Degrees
 from archwright.compiler.machines import GPUS
+from archwright.compiler.passes import degrees_of
 from archwright.compiler.planner import PlanReport, total_bytes
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.cli import add_set
-from archwright.trainers.launch import World, join, leave, world_of
+from archwright.trainers.launch import World, check_world, join, leave, world_of
 from archwright.trainers.training import device_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 def measure(chosen: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     spec, report = planned(chosen, world, device)
-    contestants = make_contestants(chosen, spec, device)
+    contestants = make_contestants(chosen, spec, degrees_of(spec.parallel, world.size), device)
     timings = run(chosen, world, device, contestants)
     per_token = report.flops
     record: dict[str, Any] = {
@@ -133,11 +134,9 @@ def planned(chosen: argparse.Namespace, world: World, device: torch.device) -> t
     found = torch.cuda.get_device_name() if device.type == "cuda" else ""
     machine = chosen.machine or next((name for name in GPUS if name in found), "H100")
     gpus = f"{world.size}x{machine}"
-    degrees = plan(make_spec(chosen, device, 1), gpus=gpus).degrees
-    if math.prod(degrees.values()) != world.size:
-        raise SystemExit(f"bench_training: the mesh is {degrees}, but {world.size} processes were started")
-    data = degrees.get("data_shard", 1) * degrees.get("data_replicate", 1)
-    spec = make_spec(chosen, device, data)
+    # A data rank's batch is given; the whole one depends on the degrees, which any batch for `world.size` tells.
+    degrees = check_world(world, make_spec(chosen, device, world.size).parallel)
+    spec = make_spec(chosen, device, degrees.data)
     return spec, plan(spec, gpus=gpus)
 
 
@@ -167,13 +166,15 @@ def prefer(backend: str) -> None:
         torch.backends.cuda.enable_cudnn_sdp(backend == "cudnn")
 
 
-def make_contestants(chosen: argparse.Namespace, spec: Spec, device: torch.device) -> list[Contestant]:
+def make_contestants(
+    chosen: argparse.Namespace, spec: Spec, degrees: Degrees, device: torch.device
+) -> list[Contestant]:
     train = train_of(spec)
     samples = synthetic_samples(spec.model.vocab_size, train.sequence_length, train.seed)
     common = {"spec": spec, "samples": samples, "device": device}
-    compiled = None if chosen.mode == "handwritten" else Archwright(**common)
-    if chosen.mode == "archwright":
-        return [Archwright(**common)] if compiled is None else [compiled]
+    compiled = None if chosen.mode == "handwritten" else Archwright(**common, degrees=degrees)
+    if compiled is not None and chosen.mode == "archwright":
+        return [compiled]
     other = Handwritten(**common, chunk_tokens=chosen.chunk_tokens, fused=chosen.fused)
     if compiled is None:
         return [other]

@@ -9,14 +9,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from archwright.compiler.ir import Degrees
 from archwright.compiler.module import DTYPES
 from archwright.spec import Spec
 from archwright.spec.models import AdamW, Pretrain
-from archwright.trainers.batches import Windows, training_batch
+from archwright.trainers.batches import Share, Windows, training_batch
 from archwright.trainers.checkpoints import Progress
 from archwright.trainers.dataset import Split
-from archwright.trainers.loop import assemble_trainer, train_step
-from archwright.trainers.optimizer import optimizer_states, schedule_factor
+from archwright.trainers.loop import Launched, assemble_trainer, launch_step
+from archwright.trainers.optimizer import schedule_factor
 from archwright.trainers.run_folder import Start, master_precision
 
 NUM_TOKENS = 1 << 21
@@ -56,26 +57,39 @@ class Archwright:
     spec: Spec
     samples: Windows
     device: torch.device
+    degrees: Degrees = field(default_factory=Degrees)
     losses: list[float] = field(default_factory=list)
     name = "archwright"
 
     def __post_init__(self) -> None:
-        self.progress = Progress(step=0, tokens=0, data_digest="")
-        start = Start(checkpoint=None, progress=self.progress)
-        self.trainer = assemble_trainer(self.spec, train_of(self.spec), self.samples, start, self.device)
+        start = Start(checkpoint=None, progress=Progress(step=0, tokens=0, data_digest=""))
+        self.trainer = assemble_trainer(self.spec, train_of(self.spec), self.samples, start, self.degrees, self.device)
+        self.waiting: Launched | None = None
 
     def step(self) -> None:
-        record = train_step(self.trainer, self.progress)
-        self.progress = dataclasses.replace(self.progress, step=record["step"], tokens=record["tokens"])
-        self.losses.append(record["loss"])
+        """As in `run_steps`: a step is read when the next one is under way."""
+        launched = launch_step(self.trainer, len(self.losses) + (self.waiting is not None))
+        self._read()
+        self.waiting = launched
+
+    def _read(self) -> None:
+        if self.waiting is not None:
+            self.losses.append(self.waiting.read(0)["loss"])
+        self.waiting = None
 
     def read_losses(self) -> list[float]:
-        return [float(loss) for loss in self.losses]
+        self._read()
+        return self.losses
 
     def kept_bytes(self) -> int:
         """Of parameters and states, between two steps on one device."""
-        module = self.trainer.module
-        return num_bytes(*module.parameters(), *optimizer_states(module, self.trainer.optimizer).values())
+        model, optimizer = self.trainer.model, self.trainer.optimizer
+        states = [
+            optimizer.state(name, state)
+            for name in model.parameters
+            for state in optimizer.state_names(model.layouts[name].param)
+        ]
+        return num_bytes(*model.parameters.values(), *states)
 
 
 @dataclass(kw_only=True)
@@ -110,11 +124,11 @@ class Handwritten:
 
     def start_as(self, other: Archwright) -> None:
         """Begin with the parameters of `other`, so that the losses can be compared."""
-        self.model.load_state_dict(other.trainer.module.state_dict())
+        self.model.load_state_dict(other.trainer.model.module.state_dict())
 
     def step(self) -> None:
         train, index = self.train, len(self.losses)
-        batch = training_batch(self.samples, train.seed, index, train.batch_size)
+        batch = training_batch(self.samples, train.seed, index, train.batch_size, Share())
         rate = schedule_factor(index, schedule=train.schedule, steps=train.steps) * train.optimizer.learning_rate
         for group in self.optimizer.param_groups:
             group["lr"] = rate

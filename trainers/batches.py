@@ -34,12 +34,6 @@ class Batch:
     def num_targets(self) -> int:
         return int((self.targets_BS != IGNORED).sum())
 
-    def pieces(self, number: int) -> list["Batch"]:
-        """The rows in `number` equal micro-batches."""
-        size = len(self.ids_BS) // number
-        parts = [slice(start, start + size) for start in range(0, number * size, size)]
-        return [Batch(ids_BS=self.ids_BS[part], targets_BS=self.targets_BS[part]) for part in parts]
-
     def filled(self, rows: int) -> "Batch":
         """With more rows, none of whose tokens count, so that there are `rows` of them."""
         missing = rows - len(self.ids_BS)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed import all_reduce
 
@@ -20,12 +21,12 @@ from archwright.compiler.weights.folder import ModelFolder, open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, SafetensorsWeights, Weights
 from archwright.spec import ArchwrightError, Spec, spec_digest
 from archwright.spec.models import Pretrain, Sft
-from archwright.trainers.batches import Batch, Samples, Share, evaluation_batches, make_samples, training_batch
+from archwright.trainers.batches import Batch, Ids, Samples, Share, evaluation_batches, make_samples, training_batch
 from archwright.trainers.checkpoints import Progress, prune, restore_optimizer, write_checkpoint
 from archwright.trainers.console import Reporter
 from archwright.trainers.dataset import Split
 from archwright.trainers.metrics import MetricsWriter
-from archwright.trainers.optimizer import Optimizers, clip_gradients, make_optimizer, schedule_factor
+from archwright.trainers.optimizer import Optimizers, clipping, make_optimizer, schedule_factor
 from archwright.trainers.run_folder import Inputs, Start, master_precision
 
 
@@ -142,31 +143,52 @@ def run_steps(
 ) -> Progress:
     """Train to the last step. Ranks other than the first have neither metrics nor reporter.
 
+    A step is read after the next one is under way, so that the device need not wait for the host; where there is more
+    to do than the step, it is read at once.
     Raises ArchwrightError TRAIN015 where the loss is not a finite number any more.
     """
-    train, main = trainer.train, metrics is not None
-    while progress.step < train.steps:
-        record = train_step(trainer, progress)
-        step = record["step"]
-        if not math.isfinite(record["loss"]):
-            raise ArchwrightError(
-                "TRAIN015",
-                f"the loss became {record['loss']} at step {step}",
-                where=str(run),
-                help="lower train.optimizer.learning_rate or lengthen the warmup, in a new run",
-            )
-        progress = Progress(step=step, tokens=record["tokens"], data_digest=progress.data_digest)
+    train, waiting = trainer.train, None
+    for index in range(progress.step, train.steps):
+        launched = launch_step(trainer, index)
+        if waiting is not None:
+            progress = _note(trainer, run, waiting, progress, metrics, reporter)
+        waiting, step = launched, index + 1
         last = step == train.steps
-        if last or step % train.evaluate.every == 0:
-            record |= evaluate(trainer)
-        if metrics is not None and reporter is not None:
-            metrics.append(record)
-            reporter.step(record)
-        if last or step % train.checkpoint.every == 0:
+        saves = last or step % train.checkpoint.every == 0
+        if saves or step % train.evaluate.every == 0:
+            progress = _note(trainer, run, waiting, progress, metrics, reporter)
+            waiting = None
+        if saves:
             if metrics is not None:
                 metrics.sync()
-            save(trainer, run, progress, main=main)
+            save(trainer, run, progress, main=metrics is not None)
     return progress
+
+
+def _note(
+    trainer: Trainer,
+    run: Path,
+    launched: "Launched",
+    progress: Progress,
+    metrics: MetricsWriter | None,
+    reporter: Reporter | None,
+) -> Progress:
+    """Read a step, evaluate after it if it is time, and write its record."""
+    record = launched.read(progress.tokens)
+    step = record["step"]
+    if not math.isfinite(record["loss"]):
+        raise ArchwrightError(
+            "TRAIN015",
+            f"the loss became {record['loss']} at step {step}",
+            where=str(run),
+            help="lower train.optimizer.learning_rate or lengthen the warmup, in a new run",
+        )
+    if step == trainer.train.steps or step % trainer.train.evaluate.every == 0:
+        record |= evaluate(trainer)
+    if metrics is not None and reporter is not None:
+        metrics.append(record)
+        reporter.step(record)
+    return Progress(step=step, tokens=record["tokens"], data_digest=progress.data_digest)
 
 
 def save(trainer: Trainer, run: Path, progress: Progress, *, main: bool) -> None:
@@ -176,23 +198,42 @@ def save(trainer: Trainer, run: Path, progress: Progress, *, main: bool) -> None
         prune(run, trainer.train.checkpoint.keep)
 
 
-def train_step(trainer: Trainer, progress: Progress) -> dict[str, Any]:
-    """One optimizer step; its record for the metrics, whose `step` counts from 1."""
-    train, started = trainer.train, time.perf_counter()
-    batch = training_batch(trainer.samples, train.seed, progress.step, train.batch_size, trainer.share)
-    factor = schedule_factor(progress.step, schedule=train.schedule, steps=train.steps)
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """An optimizer step that may still be running. step counts from 1."""
+
+    step: int
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    num_targets: torch.Tensor
+    learning_rate: float
+    started_s: float
+
+    def read(self, tokens: int) -> dict[str, Any]:
+        """The record for the metrics; waits for the device. tokens: targets of the steps before."""
+        loss, norm, num_targets = self.loss.item(), self.grad_norm.item(), int(self.num_targets.item())
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": self.learning_rate,
+            "tokens": tokens + num_targets,
+            "tokens_per_s": num_targets / (time.perf_counter() - self.started_s),
+        }
+
+
+def launch_step(trainer: Trainer, index: int) -> Launched:
+    """One optimizer step, with index from 0. It does not wait for the device."""
+    train, started_s = trainer.train, time.perf_counter()
+    batch = training_batch(trainer.samples, train.seed, index, train.batch_size, trainer.share)
+    factor = schedule_factor(index, schedule=train.schedule, steps=train.steps)
     loss, num_targets = accumulate(trainer, batch)
-    norm = clip_gradients(trainer.model, train.clip_norm)
-    trainer.optimizer.step(factor)
-    loss_value, tokens = loss.item(), int(num_targets.item())  # waits for the device: the time below is the step's
-    return {
-        "step": progress.step + 1,
-        "loss": loss_value,
-        "grad_norm": norm.item(),
-        "learning_rate": factor * train.optimizer.learning_rate,
-        "tokens": progress.tokens + tokens,
-        "tokens_per_s": tokens / (time.perf_counter() - started),
-    }
+    norm, scale = clipping(trainer.model, train.clip_norm)
+    trainer.optimizer.step(factor, scale)
+    rate = factor * train.optimizer.learning_rate
+    return Launched(
+        step=index + 1, loss=loss, grad_norm=norm, num_targets=num_targets, learning_rate=rate, started_s=started_s
+    )
 
 
 def accumulate(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -201,7 +242,7 @@ def accumulate(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tens
     Each piece's sum is divided by the number of targets of the whole step, so the result does not depend on how the
     targets are spread over pieces and ranks.
     """
-    pieces = [_tensors(piece, trainer.device) for piece in batch.pieces(trainer.share.micro_batches)]
+    pieces = _pieces(trainer, batch)
     num_targets = _count(trainer, batch)
     total = num_targets.clamp(min=1)
     if trainer.pipeline is not None:
@@ -219,7 +260,7 @@ def accumulate(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tens
 
 def _count(trainer: Trainer, batch: Batch) -> torch.Tensor:
     """Targets of the whole step. Each data rank has its own; context ranks have the same sequences."""
-    count = torch.tensor(batch.num_targets, dtype=torch.float64, device=trainer.device)
+    count = torch.full((), batch.num_targets, dtype=torch.float64, device=trainer.device)
     mesh = trainer.model.mesh
     if mesh is not None and mesh.degrees.data > 1:
         all_reduce(count, group=mesh.batch)
@@ -238,7 +279,7 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     train, split = trainer.train, trainer.validation
     loss, count = torch.zeros(2, dtype=torch.float64, device=trainer.device).unbind()
     for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size, trainer.share):
-        pieces = [_tensors(piece, trainer.device) for piece in batch.pieces(trainer.share.micro_batches)]
+        pieces = _pieces(trainer, batch)
         if trainer.pipeline is not None:
             loss = loss + trainer.pipeline.evaluate(pieces)
         else:
@@ -253,5 +294,14 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     return result
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(batch.ids_BS).to(device), torch.from_numpy(batch.targets_BS).to(device)
+def _pieces(trainer: Trainer, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """ids and targets of each micro-batch, sent to the device at once without waiting for it."""
+
+    def send(rows: Ids) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(rows))
+        if trainer.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(trainer.device, non_blocking=True)
+
+    number = trainer.share.micro_batches
+    return list(zip(send(batch.ids_BS).chunk(number), send(batch.targets_BS).chunk(number), strict=True))

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from archwright.compiler.distributed.apply import ShardedModel, global_norm, scale_gradients
-from archwright.compiler.distributed.layout import Layout
+from archwright.compiler.distributed.apply import ShardedModel, global_norm
+from archwright.compiler.distributed.layout import Layout, local_of
 from archwright.compiler.ir import Param
 from archwright.spec.models import AdamW, Cosine
 from archwright.spec.models import Muon as MuonSpec
@@ -28,12 +28,14 @@ class Optimizers:
         self._of = {id(p): part for part in parts for group in part.param_groups for p in group["params"]}
         self._has_muon = any(isinstance(part, Muon) for part in parts)
 
-    def step(self, factor: float) -> None:
-        """Update every parameter at `factor` times its peak learning rate."""
+    def step(self, factor: float, scale: torch.Tensor | None = None) -> None:
+        """Update every parameter at `factor` times its peak learning rate, with `scale` times its gradient."""
         groups = [group for part in self._parts for group in part.param_groups]
         for group, peak in zip(groups, self._peaks, strict=True):
             group["lr"] = factor * peak
         for part in self._parts:
+            if scale is not None:
+                _scale(part, scale)
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -91,6 +93,17 @@ def _adamw(parameters: list[nn.Parameter], options: AdamW, how: Mapping[str, boo
     return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, **how)
 
 
+def _scale(part: torch.optim.Optimizer, scale: torch.Tensor) -> None:
+    """Have the next step see its gradients scaled. The fused one does so as it reads them: a pass over memory less."""
+    group = part.param_groups[0]
+    if group.get("fused"):
+        part.grad_scale = (1 / scale).float()  # pyright: ignore[reportAttributeAccessIssue]  # what it divides by
+        part.found_inf = torch.zeros_like(part.grad_scale)  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    gradients = [local_of(p.grad) for each in part.param_groups for p in each["params"] if p.grad is not None]
+    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+
+
 def schedule_factor(step: int, *, schedule: Cosine, steps: int) -> float:
     """Of the peak learning rate, in the step with index `step` (from 0).
 
@@ -105,9 +118,7 @@ def schedule_factor(step: int, *, schedule: Cosine, steps: int) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2
 
 
-def clip_gradients(model: ShardedModel, max_norm: float | None) -> torch.Tensor:
-    """The gradient's 2-norm over the whole model; gradients longer than max_norm are scaled down to it."""
+def clipping(model: ShardedModel, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient's 2-norm over the whole model, and what to multiply it by so that it is at most max_norm."""
     norm = global_norm(model)
-    if max_norm is not None:
-        scale_gradients(model, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
+    return norm, None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -170,14 +170,20 @@ def global_norm(model: ShardedModel) -> torch.Tensor:
     pairs = list(model.gradients())
     norms = torch._foreach_norm([gradient for _, gradient in pairs])  # pyright: ignore[reportPrivateImportUsage]
     squares = torch.stack(norms).double().square()
-    copies = torch.tensor([layout.copies for layout, _ in pairs], dtype=torch.float64, device=squares.device)
-    total = (squares / copies).sum()
+    # Numbers of copies are few: with a sum for each, none has to be sent to the device.
+    total = torch.zeros_like(squares[0])
+    for copies in {layout.copies for layout, _ in pairs}:
+        runs = [index for index, (layout, _) in enumerate(pairs) if layout.copies == copies]
+        total += sum(squares[start:stop].sum() for start, stop in _runs(runs)) / copies
     if model.mesh is not None:
         dist.all_reduce(total)
     return total.sqrt()
 
 
-def scale_gradients(model: ShardedModel, factor: torch.Tensor) -> None:
-    """Multiply every gradient in place."""
-    gradients = [gradient for _, gradient in model.gradients()]
-    torch._foreach_mul_(gradients, factor.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Rising numbers as ranges [start, stop) of neighbours."""
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield numbers[start], numbers[end - 1] + 1
+            start = end

@@ -22,12 +22,17 @@ def all_reduce(x: Tensor, group: ProcessGroup, operation: str = "sum") -> Tensor
     return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
 
 
+# torch 2.13 renamed them.
+_all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.all_gather_tensor(x.contiguous(), dim, group))
+    return funcol.wait_tensor(_all_gather(x.contiguous(), dim, group))
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return funcol.wait_tensor(funcol.reduce_scatter_tensor(x.contiguous(), "sum", dim, group))
+    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
 
 
 class _CopyTo(torch.autograd.Function):

@@ -230,7 +230,7 @@ class TorchProgram(nn.Module):
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": RECOMPILATIONS, **options}
         kinds: dict[Block, type[BlockModule]] = {}
-        for layer in self.layers():
+        for layer in [*self.layers(), *self.head()[:1]]:  # the final norm stands alone before the loss
             if layer.block not in kinds:
                 kinds[layer.block] = _kind_of(layer.block)
             layer.__class__ = kinds[layer.block]

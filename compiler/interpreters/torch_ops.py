@@ -7,6 +7,7 @@ P cache capacity, T = B · S tokens.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -218,10 +219,16 @@ def _visible(masks: Iterable[Mask], positions_BS: Tensor, keys_L: Tensor | None)
 
 def _rotation(table: RopeTable, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, S, H/2]. The angle is formed in float64, since float32 is off by 4e-3 at position 131,071."""
-    frequencies = torch.tensor(table.frequencies(), dtype=torch.float64, device=positions_BS.device)
+    frequencies = _frequencies(table, positions_BS.device)
     angle_B1SH = positions_BS[:, None, :, None] * frequencies
     wide = _at_least_float32(dtype)
     return angle_B1SH.cos().to(wide), angle_B1SH.sin().to(wide)
+
+
+@cache
+def _frequencies(table: RopeTable, device: torch.device) -> Tensor:
+    """[H/2], sent to the device once: sending waits for it."""
+    return torch.tensor(table.frequencies(), dtype=torch.float64, device=device)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
