@@ -83,7 +83,7 @@ def device_of(world: World) -> torch.device:
     if torch.cuda.device_count() < world.local_size:
         _keep_freed_memory()
         return torch.device("cpu")
-    torch.cuda.setdevice_of(world.local_rank)
+    torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from archwright.spec.models import Recompute
 
@@ -31,18 +31,17 @@ KEPT: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """How a layer runs: its input alone is kept, and the outputs of the operators in `kept`."""
+    """How a layer runs: its input alone is kept, and with `context_fn` the outputs of some operators.
 
-    kept: tuple[Any, ...] = ()
+    context_fn: see torch.utils.checkpoint; made beforehand, since torch.compile takes it as a constant.
+    """
+
+    context_fn: Callable[[], Any] | None = None
 
     def run(self, forward: Callable[..., Any], *args: Any) -> Any:
-        options: dict[str, Any] = {"context_fn": partial(create_selective_checkpoint_contexts, self._policy)}
-        return checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **(options if self.kept else {})
-        )
-
-    def _policy(self, context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if operator in self.kept else CheckpointPolicy.PREFER_RECOMPUTE
+        if self.context_fn is None:
+            return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, context_fn=self.context_fn)
 
 
 def checkpointing_of(recompute: Recompute) -> Checkpointing | None:
@@ -51,4 +50,5 @@ def checkpointing_of(recompute: Recompute) -> Checkpointing | None:
         return None
     if recompute.kind == "full":
         return Checkpointing()
-    return Checkpointing(kept=tuple(operator for name in recompute.keep for operator in KEPT[name]))
+    kept = [operator for name in recompute.keep for operator in KEPT[name]]
+    return Checkpointing(context_fn=partial(create_selective_checkpoint_contexts, kept))

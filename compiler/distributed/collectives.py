@@ -28,7 +28,9 @@ _reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return funcol.wait_tensor(_all_gather(x.contiguous(), dim, group))
+    whole = funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
+    # Put together here: torch.compile of 2.11 cannot see into the operator's own way of doing it.
+    return whole if dim == 0 else torch.cat(whole.chunk(whole.shape[0] // x.shape[0]), dim)
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
