@@ -4,6 +4,7 @@ B batch, S sequence, I token index.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,10 +34,36 @@ class Batch:
     def num_targets(self) -> int:
         return int((self.targets_BS != IGNORED).sum())
 
-    def pieces(self, number: int) -> Iterator["Batch"]:
-        """The rows in `number` micro-batches, as equal as they go."""
-        pairs = zip(np.array_split(self.ids_BS, number), np.array_split(self.targets_BS, number), strict=True)
-        return (Batch(ids_BS=ids_BS, targets_BS=targets_BS) for ids_BS, targets_BS in pairs if len(ids_BS))
+    def filled(self, rows: int) -> "Batch":
+        """With more rows, none of whose tokens count, so that there are `rows` of them."""
+        missing = rows - len(self.ids_BS)
+        if missing == 0:
+            return self
+        return Batch(
+            ids_BS=np.pad(self.ids_BS, ((0, missing), (0, 0))),
+            targets_BS=np.pad(self.targets_BS, ((0, missing), (0, 0)), constant_values=IGNORED),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one of `ranks` data ranks sees of a batch: of each of its micro-batches an equal part.
+
+    2 ranks, 2 micro-batches of 4 rows    rank 0: rows 0 1   4 5    rank 1: rows 2 3   6 7
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    micro_batches: int = 1
+
+    def rows(self, batch_size: int) -> Ids:
+        """Numbers of the rows, of a batch whose size all ranks and micro-batches divide."""
+        numbers = np.arange(batch_size, dtype=np.int64).reshape(self.micro_batches, self.ranks, -1)
+        return numbers[:, self.rank].reshape(-1)
+
+    def size(self, batch_size: int) -> int:
+        """Rows in each micro-batch of this rank, of a batch of any size."""
+        return -(-batch_size // (self.ranks * self.micro_batches))
 
 
 class Samples(Protocol):
@@ -47,23 +74,41 @@ class Samples(Protocol):
     def batch(self, numbers: Ids, epoch: int) -> Batch: ...
 
 
-def make_samples(kind: str, split: Split, sequence_length: int, seed: int) -> "Windows | Conversations":
-    """The samples of a training of `kind` (pretrain, sft)."""
+def make_samples(
+    kind: str, split: Split, sequence_length: int, seed: int, *, multiple: int = 1, full: bool = False
+) -> "Windows | Conversations":
+    """The samples of a training of `kind` (pretrain, sft).
+
+    multiple: that padded lengths are made a multiple of. full: pad all to `sequence_length`.
+    """
     if kind == "sft":
-        return Conversations(split, sequence_length)
+        return Conversations(split, sequence_length, sequence_length if full else math.lcm(_ROUND, multiple))
     return Windows(split, sequence_length, seed)
 
 
-def evaluation_batches(samples: Samples, number: int, batch_size: int) -> Iterator[Batch]:
-    """At most `number` batches, always the same, of samples spread evenly over the split."""
+def evaluation_batches(samples: Samples, number: int, batch_size: int, share: Share) -> Iterator[Batch]:
+    """A share of at most `number` batches, always the same, of samples spread evenly over the split.
+
+    The last batch may be short: where nothing is left for a rank it gets rows that do not count.
+    """
     count = min(len(samples), number * batch_size)
     chosen = np.arange(count, dtype=np.int64) * len(samples) // max(1, count)
-    return (samples.batch(chosen[start : start + batch_size], 0) for start in range(0, count, batch_size))
+    size = share.size(batch_size) * share.micro_batches
+    for start in range(0, count, batch_size):
+        batch = chosen[start : start + batch_size]
+        own = batch[share.rank * size : (share.rank + 1) * size]
+        some = samples.batch(own if len(own) else batch[:1], 0)
+        if not len(own):
+            some = Batch(ids_BS=some.ids_BS, targets_BS=np.full_like(some.targets_BS, IGNORED))
+        yield some.filled(size)
 
 
-def training_batch(samples: Samples, seed: int, step: int, batch_size: int) -> Batch:
-    """The batch of a step. Sample j of the whole training is entry j mod n of the order of epoch j div n."""
-    wanted = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+def training_batch(samples: Samples, seed: int, step: int, batch_size: int, share: Share) -> Batch:
+    """A share of the batch of a step.
+
+    Sample j of the whole training is entry j mod n of the order of epoch j div n.
+    """
+    wanted = step * batch_size + share.rows(batch_size)
     epochs, places = np.divmod(wanted, len(samples))
     parts = [
         samples.batch(_order(seed, int(epoch), len(samples))[places[epochs == epoch]], int(epoch))
@@ -117,8 +162,10 @@ class Conversations:
     num_cut, num_left_out: how many.
     """
 
-    def __init__(self, split: Split, sequence_length: int) -> None:
-        """Raises ArchwrightError TRAIN013 where the data has no mask, TRAIN014 where no conversation has a target."""
+    def __init__(self, split: Split, sequence_length: int, multiple: int = _ROUND) -> None:
+        """multiple: of which padded lengths are.
+
+        Raises ArchwrightError TRAIN013 where the data has no mask, TRAIN014 where no conversation has a target."""
         if not split.masked:
             raise ArchwrightError(
                 "TRAIN013",
@@ -126,7 +173,7 @@ class Conversations:
                 help="build it from `messages` or `pairs` sources, or train with `kind: pretrain`",
             )
         self._split = split
-        self._length = sequence_length
+        self._length, self._multiple = sequence_length, multiple
         lengths = np.diff(split.document_offsets)
         kept = [document for document in range(len(lengths)) if self._has_target(document)]
         self._kept = np.asarray(kept, dtype=np.int64)
@@ -145,7 +192,7 @@ class Conversations:
     def batch(self, numbers: Ids, epoch: int = 0) -> Batch:
         rows = [self.row(int(number)) for number in numbers]
         longest = max(len(ids_S) for ids_S, _ in rows)
-        width = min(self._length, -(-longest // _ROUND) * _ROUND)
+        width = min(self._length, -(-longest // self._multiple) * self._multiple)
         ids_BS = np.zeros((len(rows), width), np.int64)
         targets_BS = np.full((len(rows), width), IGNORED, np.int64)
         for place, (ids_S, targets_S) in enumerate(rows):

@@ -9,7 +9,6 @@ checkpoints/step-00000100/
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from archwright.compiler.distributed.apply import gather, place
-from archwright.compiler.interpreters.torch_module import TorchProgram
+from archwright.compiler.distributed.apply import ShardedModel
+from archwright.compiler.distributed.gathering import Part, gather_all
 from archwright.compiler.weights.folder import CHECKPOINT, checkpoints
 from archwright.compiler.weights.streaming import (
-    PRECISIONS,
+    Array,
     SafetensorsWeights,
     Tensor,
     write_safetensors,
@@ -30,7 +29,7 @@ from archwright.compiler.weights.streaming import (
 from archwright.spec import ArchwrightError, Spec
 from archwright.spec.files import atomic_folder
 from archwright.spec.manifest import MANIFEST, check_manifest, write_manifest
-from archwright.trainers.optimizer import Optimizers, optimizer_states, restore_states
+from archwright.trainers.optimizer import Optimizers
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
@@ -53,36 +52,41 @@ def checkpoint_path(run: Path, step: int) -> Path:
 
 
 def write_checkpoint(
-    run: Path,
-    spec: Spec,
-    module: TorchProgram,
-    optimizer: Optimizers,
-    progress: Progress,
-    *,
-    main: bool,
-    precision: str,
+    run: Path, spec: Spec, model: ShardedModel, optimizer: Optimizers, progress: Progress, *, main: bool
 ) -> None:
     """Write the checkpoint of `progress.step`. All ranks call it and gather tensor by tensor; `main` writes."""
-    parameters = dict(module.named_parameters())
-    states = optimizer_states(module, optimizer)
+    params = model.plan.program.params()
+    names = list(params)
     if not main:
-        for tensor in (*parameters.values(), *states.values()):
-            gather(tensor)
+        for _ in gather_all(model, lambda name: model.parameters[name], names):
+            pass
+        for name in names:
+            for state in optimizer.state_names(params[name]):
+                for _ in gather_all(model, lambda name, state=state: optimizer.state(name, state), [name]):
+                    pass
         return
-    dtype = PRECISIONS[precision]
+    dtype = np.dtype(str(model.options.dtype).removeprefix("torch."))
     with atomic_folder(checkpoint_path(run, progress.step), exist="replace") as folder:
-        write_weights(folder, _announce(parameters, dtype))
-        write_safetensors(folder / OPTIMIZER, _announce(states, dtype))
+        write_weights(folder, {name: _announce(model, name, model.parameters.__getitem__, dtype) for name in names})
+        states = {
+            f"{state}.{name}": _announce(model, name, lambda name, state=state: optimizer.state(name, state), dtype)
+            for name in names
+            for state in optimizer.state_names(params[name])
+        }
+        write_safetensors(folder / OPTIMIZER, states)
         (folder / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
         write_manifest(folder, kind="run", spec=spec, details={"step": progress.step})
 
 
-def _announce(tensors: Mapping[str, torch.Tensor], dtype: np.dtype[Any]) -> dict[str, Tensor]:
-    """Tensors to be gathered when their turn to be written comes."""
-    return {
-        name: Tensor(shape=tuple(tensor.shape), dtype=dtype, produce=lambda tensor=tensor: gather(tensor).cpu().numpy())
-        for name, tensor in tensors.items()
-    }
+def _announce(model: ShardedModel, name: str, part: Part, dtype: np.dtype[Any]) -> Tensor:
+    """A tensor to be gathered when its turn to be written comes."""
+
+    def produce() -> Array:
+        ((_, whole),) = gather_all(model, part, [name])
+        assert whole is not None, "the first process writes"
+        return whole.cpu().numpy()
+
+    return Tensor(shape=model.plan.program.params()[name].shape, dtype=dtype, produce=produce)
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -98,23 +102,16 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**json.loads((checkpoint / STATE).read_text()))
 
 
-def restore_optimizer(checkpoint: Path, module: TorchProgram, optimizer: Optimizers, step: int) -> None:
+def restore_optimizer(checkpoint: Path, model: ShardedModel, optimizer: Optimizers, step: int) -> None:
     """Read the optimizer's states, each rank its own part."""
     saved = SafetensorsWeights(checkpoint / OPTIMIZER)
-    params = module.program.params()
-    states: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters():
-        mesh = getattr(parameter, "device_mesh", None)
-        for state in optimizer.state_names(parameter):
-            key = f"{state}.{name}"
-            states[key] = place(
-                params[name],
-                lambda part, key=key: saved.read(key, part),
-                dtype=parameter.dtype,
-                device=parameter.device,
-                mesh=mesh,
-            )
-    restore_states(module, optimizer, states, step)
+    for name, parameter in model.parameters.items():
+        layout = model.layouts[name]
+        states: dict[str, torch.Tensor] = {}
+        for state in optimizer.state_names(layout.param):
+            key, states[state] = f"{state}.{name}", torch.empty_like(parameter)
+            layout.fill(states[state], lambda part, key=key: saved.read(key, part))
+        optimizer.restore(parameter, states, step)
 
 
 def prune(run: Path, keep: int) -> None:

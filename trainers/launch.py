@@ -8,9 +8,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from archwright.compiler.ir import Degrees
+from archwright.compiler.passes import degrees_of
 from archwright.spec import ArchwrightError
+from archwright.spec.models import Parallel
 
 _LOCAL = "ARCHWRIGHT_LOCAL_WORKER"
 _GRACE_S = 10.0
@@ -46,15 +50,29 @@ def world_of(environment: Mapping[str, str]) -> World | None:
     )
 
 
-def check_world(world: World, required: int) -> None:
-    """Raises ArchwrightError TRAIN007 where the number of processes is not the product of the degrees."""
-    if world.size != required:
-        raise ArchwrightError(
-            "TRAIN007",
-            f"{world.size} processes were started, `parallel` needs {required}",
-            where="parallel.tensor",
-            help=f"start torchrun with --nproc-per-node {required}, or run `archwright train` without torchrun",
-        )
+def check_world(world: World, parallel: Parallel) -> Degrees:
+    """The mesh that `world` makes. Raises ArchwrightError TRAIN007 where the degrees do not multiply to its size."""
+    degrees = degrees_of(parallel, world.size)
+    if degrees.world == world.size:
+        return degrees
+    autos = [axis for axis in degrees.sizes if getattr(parallel, axis) == "auto"]
+    least = degrees_of(parallel).world
+    need = f"a multiple of {least}" if autos else f"{least}"
+    near = max(1, world.size // least) * least if autos else least
+    raise ArchwrightError(
+        "TRAIN007",
+        f"{world.size} processes were started, `parallel` needs {need}",
+        where="parallel",
+        help=f"start torchrun with --nproc-per-node {near}, or run `archwright train` without torchrun",
+    )
+
+
+def num_gpus() -> int:
+    """NVIDIA GPUs that this process may use, without loading torch: CUDA_VISIBLE_DEVICES, else the driver's devices."""
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if shown is not None:
+        return len([each for each in shown.split(",") if each.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
 
 
 def run_workers(number: int, command: Sequence[str], environment: Mapping[str, str]) -> int:

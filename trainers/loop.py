@@ -2,87 +2,119 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed import all_reduce
 
-from archwright.compiler.distributed.apply import apply_plan, make_mesh
-from archwright.compiler.interpreters.torch_module import TorchProgram
+from archwright.compiler.distributed.apply import Options, ShardedModel, apply_plan
+from archwright.compiler.distributed.checkpointing import checkpointing_of
+from archwright.compiler.distributed.mesh import Mesh, make_mesh
+from archwright.compiler.distributed.pipeline import Pipeline
+from archwright.compiler.ir import Degrees
 from archwright.compiler.module import DTYPES
-from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.passes import TRAINING_TABLE, run_passes
 from archwright.compiler.weights.folder import ModelFolder, open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, SafetensorsWeights, Weights
 from archwright.spec import ArchwrightError, Spec, spec_digest
 from archwright.spec.models import Pretrain, Sft
-from archwright.trainers.batches import Batch, Samples, evaluation_batches, make_samples, training_batch
+from archwright.trainers.batches import Batch, Ids, Samples, Share, evaluation_batches, make_samples, training_batch
 from archwright.trainers.checkpoints import Progress, prune, restore_optimizer, write_checkpoint
 from archwright.trainers.console import Reporter
 from archwright.trainers.dataset import Split
 from archwright.trainers.metrics import MetricsWriter
-from archwright.trainers.optimizer import Optimizers, clip_gradients, make_optimizer, schedule_factor
+from archwright.trainers.optimizer import Optimizers, clipping, make_optimizer, schedule_factor
 from archwright.trainers.run_folder import Inputs, Start, master_precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A model, its optimizer and its samples on this rank's device."""
+    """A model, its optimizer and its samples on this rank's device. pipeline: None where one rank has all layers."""
 
     spec: Spec
     train: Pretrain | Sft
-    module: TorchProgram
+    model: ShardedModel
+    pipeline: Pipeline | None
     optimizer: Optimizers
     samples: Samples
-    held_out: Samples | None
-    validation: Split
-    device: torch.device
+    share: Share
+    held_out: Samples | None = None
+    validation: Split | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.options.device
+
+    def over_batch(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum of a number over the ranks that see different tokens, on every rank; in place."""
+        mesh = self.model.mesh
+        if mesh is not None:
+            if self.pipeline is not None:
+                all_reduce(value, group=mesh.groups["pipeline"])
+            all_reduce(value, group=mesh.batch)
+        return value
 
 
-def make_trainer(spec: Spec, inputs: Inputs, start: Start, device: torch.device) -> Trainer:
+def make_trainer(spec: Spec, inputs: Inputs, start: Start, degrees: Degrees, device: torch.device) -> Trainer:
     """Everything that a step needs, as it was after `start.progress.step` steps.
 
     Raises ArchwrightError TRAIN009 where train.base is another architecture, TRAIN012 to TRAIN014 for unfit data.
     """
-    train = inputs.train
-    mesh = make_mesh(degrees_of(spec.parallel), device.type)
-    samples = make_samples(train.kind, inputs.data.train, train.sequence_length, train.seed)
-    module = _make_module(spec, train, start, device, mesh)
-    if train.compile is True or (train.compile == "auto" and device.type == "cuda"):
-        module.compile_layers()
-    optimizer = make_optimizer(module, train.optimizer, DTYPES[train.precision])
+    samples = _samples(inputs.train, inputs.data.train, degrees)
+    trainer = assemble_trainer(spec, inputs.train, samples, start, degrees, device)
+    validation = inputs.data.validation
+    return replace(trainer, held_out=_held_out(inputs.train, validation, degrees), validation=validation)
+
+
+def assemble_trainer(
+    spec: Spec, train: Pretrain | Sft, samples: Samples, start: Start, degrees: Degrees, device: torch.device
+) -> Trainer:
+    """A trainer on the given samples, without an evaluation. Every process of the mesh calls this."""
+    mesh = make_mesh(degrees, device.type)
+    model = _make_model(spec, train, start, degrees, mesh, device)
+    optimizer = make_optimizer(model, train.optimizer)
     if start.checkpoint is not None:
-        restore_optimizer(start.checkpoint, module, optimizer, start.progress.step)
+        restore_optimizer(start.checkpoint, model, optimizer, start.progress.step)
+    rank = 0 if mesh is None else mesh.data_rank
     return Trainer(
         spec=spec,
         train=train,
-        module=module,
+        model=model,
+        pipeline=Pipeline(model, spec.parallel.schedule.kind) if degrees.pipeline > 1 else None,
         optimizer=optimizer,
         samples=samples,
-        held_out=_held_out(train, inputs.data.validation),
-        validation=inputs.data.validation,
-        device=device,
+        share=Share(rank=rank, ranks=degrees.data, micro_batches=train.micro_batches),
     )
 
 
-def _make_module(
-    spec: Spec, train: Pretrain | Sft, start: Start, device: torch.device, mesh: DeviceMesh | None
-) -> TorchProgram:
-    plan = run_passes(spec, degrees_of(spec.parallel))
+def _samples(train: Pretrain | Sft, split: Split, degrees: Degrees) -> Samples:
+    """Of lengths that context and tensor ranks can share; all of one length where stages hand them on."""
+    length, pieces, full = train.sequence_length, degrees.token_pieces, degrees.pipeline > 1
+    return make_samples(train.kind, split, length, train.seed, multiple=pieces, full=full)
+
+
+def _make_model(
+    spec: Spec, train: Pretrain | Sft, start: Start, degrees: Degrees, mesh: Mesh | None, device: torch.device
+) -> ShardedModel:
+    plan = run_passes(spec, degrees, TRAINING_TABLE)
     weights: Weights = GeneratedWeights(params=plan.program.params(), seed=train.seed)
     if start.checkpoint is not None:
         weights = SafetensorsWeights(start.checkpoint)
     elif train.base is not None:
         weights = open_base(spec, train.base).weights
-    return apply_plan(
-        plan,
-        weights,
+    compiled = train.compile is True or (train.compile == "auto" and device.type == "cuda")
+    options = Options(
         dtype=DTYPES[master_precision(train.precision)],
         compute_dtype=DTYPES[train.precision],
         device=device,
-        mesh=mesh,
+        checkpointing=checkpointing_of(train.activation_checkpointing),
+        compile_layers={} if compiled else None,
+        reshard=degrees.pipeline == 1,
     )
+    return apply_plan(plan, weights, mesh, options)
 
 
 def open_base(spec: Spec, path: str) -> ModelFolder:
@@ -98,10 +130,10 @@ def open_base(spec: Spec, path: str) -> ModelFolder:
     return base
 
 
-def _held_out(train: Pretrain | Sft, split: Split) -> Samples | None:
+def _held_out(train: Pretrain | Sft, split: Split, degrees: Degrees) -> Samples | None:
     """Samples of the validation split; None where it is too small to hold one."""
     try:
-        return make_samples(train.kind, split, train.sequence_length, train.seed)
+        return _samples(train, split, degrees)
     except ArchwrightError:
         return None
 
@@ -111,74 +143,129 @@ def run_steps(
 ) -> Progress:
     """Train to the last step. Ranks other than the first have neither metrics nor reporter.
 
+    A step is read after the next one is under way, so that the device need not wait for the host; where there is more
+    to do than the step, it is read at once.
     Raises ArchwrightError TRAIN015 where the loss is not a finite number any more.
     """
-    train, main = trainer.train, metrics is not None
-    while progress.step < train.steps:
-        record = train_step(trainer, progress)
-        step = record["step"]
-        if not math.isfinite(record["loss"]):
-            raise ArchwrightError(
-                "TRAIN015",
-                f"the loss became {record['loss']} at step {step}",
-                where=str(run),
-                help="lower train.optimizer.learning_rate or lengthen the warmup, in a new run",
-            )
-        progress = Progress(step=step, tokens=record["tokens"], data_digest=progress.data_digest)
+    train, waiting = trainer.train, None
+    for index in range(progress.step, train.steps):
+        launched = launch_step(trainer, index)
+        if waiting is not None:
+            progress = _note(trainer, run, waiting, progress, metrics, reporter)
+        waiting, step = launched, index + 1
         last = step == train.steps
-        if last or step % train.evaluate.every == 0:
-            record |= evaluate(trainer)
-        if metrics is not None and reporter is not None:
-            metrics.append(record)
-            reporter.step(record)
-        if last or step % train.checkpoint.every == 0:
+        saves = last or step % train.checkpoint.every == 0
+        if saves or step % train.evaluate.every == 0:
+            progress = _note(trainer, run, waiting, progress, metrics, reporter)
+            waiting = None
+        if saves:
             if metrics is not None:
                 metrics.sync()
-            save(trainer, run, progress, main=main)
+            save(trainer, run, progress, main=metrics is not None)
     return progress
+
+
+def _note(
+    trainer: Trainer,
+    run: Path,
+    launched: "Launched",
+    progress: Progress,
+    metrics: MetricsWriter | None,
+    reporter: Reporter | None,
+) -> Progress:
+    """Read a step, evaluate after it if it is time, and write its record."""
+    record = launched.read(progress.tokens)
+    step = record["step"]
+    if not math.isfinite(record["loss"]):
+        raise ArchwrightError(
+            "TRAIN015",
+            f"the loss became {record['loss']} at step {step}",
+            where=str(run),
+            help="lower train.optimizer.learning_rate or lengthen the warmup, in a new run",
+        )
+    if step == trainer.train.steps or step % trainer.train.evaluate.every == 0:
+        record |= evaluate(trainer)
+    if metrics is not None and reporter is not None:
+        metrics.append(record)
+        reporter.step(record)
+    return Progress(step=step, tokens=record["tokens"], data_digest=progress.data_digest)
 
 
 def save(trainer: Trainer, run: Path, progress: Progress, *, main: bool) -> None:
     """A checkpoint of now; older ones beyond `checkpoint.keep` go."""
-    precision = master_precision(trainer.train.precision)
-    write_checkpoint(run, trainer.spec, trainer.module, trainer.optimizer, progress, main=main, precision=precision)
+    write_checkpoint(run, trainer.spec, trainer.model, trainer.optimizer, progress, main=main)
     if main:
         prune(run, trainer.train.checkpoint.keep)
 
 
-def train_step(trainer: Trainer, progress: Progress) -> dict[str, Any]:
-    """One optimizer step; its record for the metrics, whose `step` counts from 1."""
-    train, started = trainer.train, time.perf_counter()
-    batch = training_batch(trainer.samples, train.seed, progress.step, train.batch_size)
-    factor = schedule_factor(progress.step, schedule=train.schedule, steps=train.steps)
-    loss = accumulate(trainer.module, batch, train.micro_batches, trainer.device)
-    norm = clip_gradients(trainer.module, train.clip_norm)
-    trainer.optimizer.step(factor)
-    loss_value = loss.item()  # waits for the device, so that the time below is the step's
-    return {
-        "step": progress.step + 1,
-        "loss": loss_value,
-        "grad_norm": norm.item(),
-        "learning_rate": factor * train.optimizer.learning_rate,
-        "tokens": progress.tokens + batch.num_targets,
-        "tokens_per_s": batch.num_targets / (time.perf_counter() - started),
-    }
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """An optimizer step that may still be running. step counts from 1."""
+
+    step: int
+    loss: torch.Tensor
+    grad_norm: torch.Tensor
+    num_targets: torch.Tensor
+    learning_rate: float
+    started_s: float
+
+    def read(self, tokens: int) -> dict[str, Any]:
+        """The record for the metrics; waits for the device. tokens: targets of the steps before."""
+        loss, norm, num_targets = self.loss.item(), self.grad_norm.item(), int(self.num_targets.item())
+        return {
+            "step": self.step,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": self.learning_rate,
+            "tokens": tokens + num_targets,
+            "tokens_per_s": num_targets / (time.perf_counter() - self.started_s),
+        }
 
 
-def accumulate(module: TorchProgram, batch: Batch, micro_batches: int, device: torch.device) -> torch.Tensor:
-    """Gradients of the mean loss over all targets of the batch; returns that loss.
+def launch_step(trainer: Trainer, index: int) -> Launched:
+    """One optimizer step, with index from 0. It does not wait for the device."""
+    train, started_s = trainer.train, time.perf_counter()
+    batch = training_batch(trainer.samples, train.seed, index, train.batch_size, trainer.share)
+    factor = schedule_factor(index, schedule=train.schedule, steps=train.steps)
+    loss, num_targets = accumulate(trainer, batch)
+    norm, scale = clipping(trainer.model, train.clip_norm)
+    trainer.optimizer.step(factor, scale)
+    rate = factor * train.optimizer.learning_rate
+    return Launched(
+        step=index + 1, loss=loss, grad_norm=norm, num_targets=num_targets, learning_rate=rate, started_s=started_s
+    )
 
-    Each piece's sum is divided by the number of targets of the whole batch, so the result does not depend on how the
-    targets are spread over the pieces.
+
+def accumulate(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the mean loss over all targets of the step, on all ranks; that loss, and the number of targets.
+
+    Each piece's sum is divided by the number of targets of the whole step, so the result does not depend on how the
+    targets are spread over pieces and ranks.
     """
-    total = max(1, batch.num_targets)
-    loss = torch.zeros((), dtype=torch.float64, device=device)
-    for piece in batch.pieces(micro_batches):
-        loss_sum, _ = module(*_tensors(piece, device))
-        part = loss_sum / total
-        part.backward()
-        loss += part.detach()
-    return loss
+    pieces = _pieces(trainer, batch)
+    num_targets = _count(trainer, batch)
+    total = num_targets.clamp(min=1)
+    if trainer.pipeline is not None:
+        loss = trainer.pipeline.train(pieces, total)
+    else:
+        loss = torch.zeros((), dtype=torch.float64, device=trainer.device)
+        for ids_BS, targets_BS in pieces:
+            loss_sum, _ = trainer.model.module(ids_BS, targets_BS)
+            part = loss_sum / total
+            part.backward()
+            loss += part.detach()
+    trainer.model.add_tied_gradients()
+    return trainer.over_batch(loss), num_targets
+
+
+def _count(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    """Targets of the whole step. Each data rank has its own; context ranks have the same sequences."""
+    count = torch.full((), batch.num_targets, dtype=torch.float64, device=trainer.device)
+    mesh = trainer.model.mesh
+    if mesh is not None and mesh.degrees.data > 1:
+        all_reduce(count, group=mesh.batch)
+        count /= mesh.degrees.context
+    return count
 
 
 @torch.no_grad()
@@ -187,16 +274,19 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
 
     validation_bits_per_byte = loss / ln 2 · tokens / bytes, both counts of the whole validation split.
     """
-    if trainer.held_out is None:
+    if trainer.held_out is None or trainer.validation is None:
         return {}
     train, split = trainer.train, trainer.validation
-    loss, tokens = 0.0, 0
-    for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size):
-        for piece in batch.pieces(train.micro_batches):
-            loss_sum, _ = trainer.module(*_tensors(piece, trainer.device))
-            loss += loss_sum.item()
-        tokens += batch.num_targets
-    mean = loss / tokens
+    loss, count = torch.zeros(2, dtype=torch.float64, device=trainer.device).unbind()
+    for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size, trainer.share):
+        pieces = _pieces(trainer, batch)
+        if trainer.pipeline is not None:
+            loss = loss + trainer.pipeline.evaluate(pieces)
+        else:
+            for ids_BS, targets_BS in pieces:
+                loss = loss + trainer.model.module(ids_BS, targets_BS)[0]
+        count = count + _count(trainer, batch)
+    mean = (trainer.over_batch(loss) / count).item()
     counted = split.num_loss_tokens if train.kind == "sft" else split.num_tokens
     result = {"validation_loss": mean}
     if split.num_bytes and (train.kind == "sft" or not split.masked):
@@ -204,5 +294,14 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     return result
 
 
-def _tensors(batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(batch.ids_BS).to(device), torch.from_numpy(batch.targets_BS).to(device)
+def _pieces(trainer: Trainer, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """ids and targets of each micro-batch, sent to the device at once without waiting for it."""
+
+    def send(rows: Ids) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(rows))
+        if trainer.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(trainer.device, non_blocking=True)
+
+    number = trainer.share.micro_batches
+    return list(zip(send(batch.ids_BS).chunk(number), send(batch.targets_BS).chunk(number), strict=True))

@@ -1,12 +1,11 @@
 """Muon: momentum whose matrix updates are made orthogonal (Jordan et al. 2024)."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Shard
 
-from archwright.compiler.distributed.apply import gather
+from archwright.compiler.distributed.layout import Layout, local_of
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic that takes singular values in (0, 1] to about 1: Jordan's, steep at 0, only near 1 at the end."""
@@ -35,37 +34,33 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Iterable[torch.Tensor], *, lr: float, momentum: float, weight_decay: float, dtype: torch.dtype
+        self,
+        matrices: Sequence[tuple[torch.Tensor, Layout]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        dtype: torch.dtype,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__([parameter for parameter, _ in matrices], defaults)
         self._dtype = dtype
+        self._layouts = [layout for _, layout in matrices]
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group["lr"], group["momentum"], group["weight_decay"])
+        (group,) = self.param_groups
+        for parameter, layout in zip(group["params"], self._layouts, strict=True):
+            if parameter.grad is not None:
+                self._update(parameter, layout, group["lr"], group["momentum"], group["weight_decay"])
 
-    def _update(self, parameter: torch.Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _update(self, parameter: torch.Tensor, layout: Layout, lr: float, momentum: float, weight_decay: float) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        gradient, kept = parameter.grad, state["momentum"]
-        assert gradient is not None
+        local, gradient, kept = local_of(parameter), local_of(parameter.grad), local_of(state["momentum"])
         kept.mul_(momentum).add_(gradient, alpha=1 - momentum)
-        whole = orthogonalize(gather(gradient * (1 - momentum) + kept * momentum).to(self._dtype))
+        whole = orthogonalize(layout.gather(gradient * (1 - momentum) + kept * momentum).to(self._dtype))
         rows, columns = whole.shape
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        part = _part_like(whole, parameter).to(local.dtype)
+        part = whole[layout.slices(len(local))].to(local.dtype)
         local.mul_(1 - lr * weight_decay).add_(part, alpha=-lr * max(1, rows / columns) ** 0.5)
-
-
-def _part_like(whole: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """The part of a full tensor that this rank holds of `parameter`."""
-    if isinstance(parameter, DTensor):
-        for axis, placement in enumerate(parameter.placements):
-            if isinstance(placement, Shard):
-                mesh = parameter.device_mesh
-                whole = whole.chunk(mesh.size(axis), placement.dim)[mesh.get_local_rank(axis)]
-    return whole

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from archwright.compiler.distributed.apply import global_norm, scale_
-from archwright.compiler.interpreters.torch_module import TorchProgram
+from archwright.compiler.distributed.apply import ShardedModel, global_norm
+from archwright.compiler.distributed.layout import Layout, local_of
+from archwright.compiler.ir import Param
 from archwright.spec.models import AdamW, Cosine
 from archwright.spec.models import Muon as MuonSpec
 from archwright.spec.models import Optimizer as OptimizerSpec
@@ -20,57 +22,86 @@ MUON_STATES = ("momentum",)
 class Optimizers:
     """The optimizers of one model, each with its parameters; every parameter has one."""
 
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self._parts = parts
+    def __init__(self, model: ShardedModel, *parts: torch.optim.Optimizer) -> None:
+        self._model, self._parts = model, parts
         self._peaks = [group["lr"] for part in parts for group in part.param_groups]
         self._of = {id(p): part for part in parts for group in part.param_groups for p in group["params"]}
+        self._has_muon = any(isinstance(part, Muon) for part in parts)
 
-    def step(self, factor: float) -> None:
-        """Update every parameter at `factor` times its peak learning rate."""
+    def step(self, factor: float, scale: torch.Tensor | None = None) -> None:
+        """Update every parameter at `factor` times its peak learning rate, with `scale` times its gradient."""
         groups = [group for part in self._parts for group in part.param_groups]
         for group, peak in zip(groups, self._peaks, strict=True):
             group["lr"] = factor * peak
         for part in self._parts:
+            if scale is not None:
+                _scale(part, scale)
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def of(self, parameter: torch.Tensor) -> torch.optim.Optimizer:
-        return self._of[id(parameter)]
-
-    def state_names(self, parameter: torch.Tensor) -> tuple[str, ...]:
+    def state_names(self, param: Param) -> tuple[str, ...]:
         """What is kept of a parameter, tensors of its shape."""
-        return MUON_STATES if isinstance(self.of(parameter), Muon) else ADAMW_STATES
+        return MUON_STATES if self._has_muon and param.is_projection else ADAMW_STATES
+
+    def state(self, name: str, state: str) -> torch.Tensor:
+        """This rank's part of a state of the parameter `name`."""
+        parameter = self._model.parameters[name]
+        return self._of[id(parameter)].state[parameter][state]
+
+    def restore(self, parameter: torch.Tensor, states: Mapping[str, torch.Tensor], step: int) -> None:
+        """Continue as after `step` steps with these states."""
+        part, kept = self._of[id(parameter)], dict(states)
+        if isinstance(part, torch.optim.AdamW):
+            device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
+            kept["step"] = torch.tensor(float(step), device=device)
+        part.state[parameter] = kept
 
 
-def make_optimizer(module: TorchProgram, options: OptimizerSpec, dtype: torch.dtype) -> Optimizers:
+def make_optimizer(model: ShardedModel, options: OptimizerSpec, **adamw: bool) -> Optimizers:
     """AdamW over all parameters, or Muon over the matrices of the layers and AdamW over the rest.
 
-    dtype: of the computation, which Muon's iteration shares.
+    adamw: how torch's AdamW works through its parameters, `fused=True` by default: also on the CPU, where for a
+    2.2M-parameter model it takes 7 ms, and the foreach form 45 ms.
     """
-    parameters = dict(module.named_parameters())
+    how = adamw or {"fused": True}
+    pairs = [(parameter, model.layouts[name]) for name, parameter in model.parameters.items()]
     if isinstance(options, AdamW):
-        return Optimizers(_adamw(list(parameters.values()), options))
-    params = module.program.params()
-    matrices = [parameter for name, parameter in parameters.items() if params[name].is_projection]
-    rest = [parameter for name, parameter in parameters.items() if not params[name].is_projection]
-    return Optimizers(_muon(matrices, options, dtype), _adamw(rest, options.adamw))
+        return Optimizers(model, _adamw([parameter for parameter, _ in pairs], options, how))
+    matrices = [(parameter, layout) for parameter, layout in pairs if layout.param.is_projection]
+    rest = [parameter for parameter, layout in pairs if not layout.param.is_projection]
+    parts: list[torch.optim.Optimizer] = [_adamw(rest, options.adamw, how)] if rest else []
+    if matrices:
+        parts.insert(0, _muon(matrices, options, model.options.compute_dtype))
+    return Optimizers(model, *parts)
 
 
-def _muon(parameters: list[nn.Parameter], options: MuonSpec, dtype: torch.dtype) -> Muon:
+def _muon(matrices: list[tuple[nn.Parameter, Layout]], options: MuonSpec, dtype: torch.dtype) -> Muon:
     rate, decay = options.learning_rate, options.weight_decay
-    return Muon(parameters, lr=rate, momentum=options.momentum, weight_decay=decay, dtype=dtype)
+    return Muon(matrices, lr=rate, momentum=options.momentum, weight_decay=decay, dtype=dtype)
 
 
-def _adamw(parameters: list[nn.Parameter], options: AdamW) -> torch.optim.AdamW:
-    """Weight decay on matrices only.
-
-    The fused step also on the CPU: for a 2.2M-parameter model it takes 7 ms there, the foreach one 45 ms.
-    """
+def _adamw(parameters: list[nn.Parameter], options: AdamW, how: Mapping[str, bool]) -> torch.optim.AdamW:
+    """Weight decay on matrices only. A group's parameters lie on one mesh: torch takes them as a list."""
+    by_kind: dict[tuple[bool, Any], list[nn.Parameter]] = {}
+    for parameter in parameters:
+        key = (parameter.ndim >= 2, getattr(parameter, "device_mesh", None))
+        by_kind.setdefault(key, []).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": each, "weight_decay": options.weight_decay if matrix else 0.0}
+        for (matrix, _), each in by_kind.items()
     ]
-    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, **how)
+
+
+def _scale(part: torch.optim.Optimizer, scale: torch.Tensor) -> None:
+    """Have the next step see its gradients scaled. The fused one does so as it reads them: a pass over memory less."""
+    group = part.param_groups[0]
+    if group.get("fused"):
+        part.grad_scale = (1 / scale).float()  # pyright: ignore[reportAttributeAccessIssue]  # what it divides by
+        part.found_inf = torch.zeros_like(part.grad_scale)  # pyright: ignore[reportAttributeAccessIssue]
+        return
+    gradients = [local_of(p.grad) for each in part.param_groups for p in each["params"] if p.grad is not None]
+    torch._foreach_mul_(gradients, scale.to(gradients[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
 
 
 def schedule_factor(step: int, *, schedule: Cosine, steps: int) -> float:
@@ -87,30 +118,7 @@ def schedule_factor(step: int, *, schedule: Cosine, steps: int) -> float:
     return floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2
 
 
-def clip_gradients(module: nn.Module, max_norm: float | None) -> torch.Tensor:
-    """The gradient's 2-norm over the whole model; gradients longer than max_norm are scaled down to it."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = global_norm(gradients)
-    if max_norm is not None:
-        scale_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
-
-
-def optimizer_states(module: nn.Module, optimizer: Optimizers) -> dict[str, torch.Tensor]:
-    """`STATE.PARAMETER` → tensor, in the order of the parameters."""
-    return {
-        f"{state}.{name}": optimizer.of(parameter).state[parameter][state]
-        for name, parameter in module.named_parameters()
-        for state in optimizer.state_names(parameter)
-    }
-
-
-def restore_states(module: nn.Module, optimizer: Optimizers, states: Mapping[str, torch.Tensor], step: int) -> None:
-    """Continue as after `step` steps with these states."""
-    for name, parameter in module.named_parameters():
-        part = optimizer.of(parameter)
-        kept = {state: states[f"{state}.{name}"] for state in optimizer.state_names(parameter)}
-        if isinstance(part, torch.optim.AdamW):
-            device = parameter.device if parameter.device.type == "cuda" else torch.device("cpu")
-            kept["step"] = torch.tensor(float(step), device=device)
-        part.state[parameter] = kept
+def clipping(model: ShardedModel, max_norm: float | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The gradient's 2-norm over the whole model, and what to multiply it by so that it is at most max_norm."""
+    norm = global_norm(model)
+    return norm, None if max_norm is None else (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -7,7 +7,7 @@ from archwright.compiler.passes import degrees_of
 from archwright.compiler.planning import check_plan
 from archwright.spec import load
 from archwright.spec.cli import add_set, parser
-from archwright.trainers.launch import World, check_world, run_workers, watch_parent, world_of
+from archwright.trainers.launch import World, check_world, num_gpus, run_workers, watch_parent, world_of
 
 
 def train(arguments: list[str]) -> int:
@@ -20,14 +20,15 @@ def train(arguments: list[str]) -> int:
     add_set(args)
     chosen = args.parse_args(arguments)
     spec = load(chosen.spec, chosen.overrides)
-    degrees, world = degrees_of(spec.parallel), world_of(os.environ)
+    world = world_of(os.environ)
+    degrees = degrees_of(spec.parallel, world.size if world else num_gpus())
     if chosen.plan is not None:
         check_plan(chosen.plan, spec, degrees)
     if world is None and degrees.world > 1:
         return run_workers(degrees.world, ["train", *arguments], os.environ)
     watch_parent(os.environ)
     world = world or World()
-    check_world(world, degrees.world)
+    check_world(world, spec.parallel)
     from archwright.trainers.training import train_in_world  # here, so that --help and the launcher load no torch
 
     train_in_world(spec, chosen.output, world, resume=chosen.resume)

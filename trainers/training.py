@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from archwright.compiler.passes import degrees_of
 from archwright.compiler.weights.folder import newest_checkpoint
 from archwright.spec import ArchwrightError, Spec
 from archwright.trainers.batches import Conversations, make_samples
@@ -21,14 +22,15 @@ def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None
 
     Errors of the user are raised in the first rank, so that they are told once; the others leave with status 1.
     """
-    device = _device(world)
+    device = device_of(world)
     join(world, device.type)
     try:
         start = _begin_together(spec, run, world, resume=resume)
         inputs = open_inputs(spec)
         progress = start.progress
         if progress.step < inputs.train.steps:
-            progress = _train(make_trainer(spec, inputs, start, device), run, start, world)
+            degrees = degrees_of(spec.parallel, world.size)
+            progress = _train(make_trainer(spec, inputs, start, degrees, device), run, start, world)
         elif world.main:
             print(f"{run}: complete, {progress.step} steps")
         if world.main:
@@ -76,7 +78,7 @@ def _begin(spec: Spec, run: Path, resume: bool) -> Start:
     return prepare_run(run, spec, inputs, resume=resume)
 
 
-def _device(world: World) -> torch.device:
+def device_of(world: World) -> torch.device:
     """A GPU of its own for each process of this machine, or the CPU for all."""
     if torch.cuda.device_count() < world.local_size:
         _keep_freed_memory()
@@ -115,7 +117,7 @@ def _introduce(trainer: Trainer, reporter: Reporter, start: Start, world: World)
     processes = f"{world.size} processes, " if world.size > 1 else ""
     where = f"{train.precision}, {processes}{trainer.device.type}"
     reporter.say(
-        f"{train.kind} {trainer.spec.name}: {trainer.module.program.num_params():,} parameters, "
+        f"{train.kind} {trainer.spec.name}: {trainer.model.plan.program.num_params():,} parameters, "
         f"{train.batch_size} x {train.sequence_length} tokens a step, {where}"
     )
     if start.checkpoint is not None:

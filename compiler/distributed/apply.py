@@ -1,120 +1,189 @@
 """A Plan applied to torch modules for training: where each parameter lies on the mesh, and its values.
 
-On more than one rank every parameter is a DTensor on the whole mesh, norms and embeddings replicated: plain tensors
-and DTensors side by side break optimizers and norms that work on lists. On one rank every parameter is plain.
+The order is tensor parallelism (in the Program already), activation checkpointing, compilation of each layer, FSDP.
+Where more than one rank shares a model every parameter is a DTensor on all axes that cut it, norms replicated: plain
+tensors and DTensors side by side break optimizers that work on lists. On one rank every parameter is plain.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed import ProcessGroup, all_reduce
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from archwright.compiler.interpreters.torch_module import TorchProgram
+from archwright.compiler.distributed.checkpointing import Checkpointing
+from archwright.compiler.distributed.layout import Layout, local_of
+from archwright.compiler.distributed.mesh import Mesh
+from archwright.compiler.interpreters.torch_module import BlockModule, TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
-from archwright.compiler.ir import Degrees, Param, Plan
-from archwright.compiler.weights.streaming import Array, Weights
-
-Read = Callable[[tuple[slice, ...] | None], Array]
-"""Gives a full tensor's part that the slices name; None names the whole."""
+from archwright.compiler.ir import Plan
+from archwright.compiler.weights.streaming import Weights
 
 
-def make_mesh(degrees: Degrees, device_type: str) -> DeviceMesh | None:
-    """The mesh of `degrees` over the process group that is already there; None on one rank."""
-    if degrees.world == 1:
-        return None
-    return init_device_mesh(device_type, (degrees.tensor,), mesh_dim_names=("tensor",))
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How modules compute. dtype: of the parameters; compute_dtype: of the computation.
 
-
-def apply_plan(
-    plan: Plan,
-    weights: Weights,
-    *,
-    dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    device: torch.device,
-    mesh: DeviceMesh | None,
-) -> TorchProgram:
-    """The module that a rank of `mesh` trains, its parameters read from `weights`, the part of this rank only.
-
-    dtype: of the parameters; compute_dtype: of the computation. With `GeneratedWeights` the values do not depend on the
-    plan: the full tensors are the same numbers at every degree.
+    compile_layers: None, or options for torch.compile. reshard: whether FSDP frees a layer's weights between its
+    forward and its backward, and gathers them twice.
     """
-    axes = () if mesh is None else mesh.mesh_dim_names or ()
-    groups: dict[str, ProcessGroup] = {axis: mesh.get_group(axis) for axis in axes} if mesh else {}
-    ranks = {axis: mesh.get_local_rank(axis) for axis in axes} if mesh else {}
-    ops = TorchOps(dtype=compute_dtype, groups=groups, ranks=ranks)
-    module = TorchProgram(plan.program, ops, dtype=dtype, device="meta")
-    for name, param in plan.program.params().items():
-        value = place(param, lambda part, name=name: weights.read(name, part), dtype=dtype, device=device, mesh=mesh)
-        path, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(path), leaf, nn.Parameter(value))
-    return module
+
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: torch.device
+    checkpointing: Checkpointing | None = None
+    compile_layers: Mapping[str, object] | None = None
+    reshard: bool = True
 
 
-def place(
-    param: Param, read: Read, *, dtype: torch.dtype, device: torch.device, mesh: DeviceMesh | None
-) -> torch.Tensor:
-    """A tensor of a parameter's shape (its value, or a state of the optimizer) laid out as the parameter is.
+@dataclass(frozen=True, kw_only=True)
+class ShardedModel:
+    """What one process trains.
 
-    A rank reads only the part that it keeps.
+    stages: number of a pipeline stage → its module, in order. parameters: canonical name → what this rank holds of it.
     """
-    if mesh is None:
-        return _copy(read(None), dtype, device)
-    split = param.split if is_sharded(param) else None
-    part = None if split is None else split.slices(param.shape, mesh.get_local_rank(split.mesh_axis))
-    local = _copy(read(part), dtype, device)
-    return DTensor.from_local(local, mesh, placements(param, mesh), run_check=False)
+
+    plan: Plan
+    mesh: Mesh | None
+    options: Options
+    stages: Mapping[int, TorchProgram]
+    parameters: Mapping[str, nn.Parameter]
+    layouts: Mapping[str, Layout]
+
+    @property
+    def module(self) -> TorchProgram:
+        """The module of a plan without a pipeline."""
+        (module,) = self.stages.values()
+        return module
+
+    def gradients(self) -> Iterator[tuple[Layout, torch.Tensor]]:
+        """This rank's part of every gradient that there is."""
+        for name, parameter in self.parameters.items():
+            if parameter.grad is not None:
+                yield self.layouts[name], local_of(parameter.grad)
+
+    def add_tied_gradients(self) -> None:
+        """Sum the gradients of a tensor that the first and the last pipeline stage both hold."""
+        if self.mesh is None or self.mesh.ends is None:
+            return
+        for layout, gradient in self.gradients():
+            if layout.tied:
+                dist.all_reduce(gradient, group=self.mesh.ends)
 
 
-def placements(param: Param, mesh: DeviceMesh) -> list[Placement]:
-    """Shard where each rank has a piece of its own; Replicate otherwise, shared key/value heads among them."""
-    split = param.split if is_sharded(param) else None
-    axes = mesh.mesh_dim_names or ()
-    return [Shard(split.dim) if split is not None and split.mesh_axis == axis else Replicate() for axis in axes]
+def apply_plan(plan: Plan, weights: Weights, mesh: Mesh | None, options: Options) -> ShardedModel:
+    """The part of the model that a rank of `mesh` trains; of `weights` it reads what it keeps.
 
-
-def is_sharded(param: Param) -> bool:
-    return param.split is not None and param.split.parts == param.split.degree
-
-
-def gather(tensor: torch.Tensor) -> torch.Tensor:
-    """The full tensor. With a DTensor every rank of its mesh must call this, in the same order."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def global_norm(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The 2-norm of all tensors together, the same number on every rank: replicated ones count once.
-
-    sqrt(Σ over replicated x² + all_reduce(Σ over shards x²)), the squares added in float64. One collective for all
-    tensors; torch's `get_total_norm` runs one a tensor.
+    With `GeneratedWeights` the values do not depend on the plan: the full tensors are the same numbers at every degree.
     """
-    tensors = list(tensors)
-    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    norms = torch._foreach_norm(locals_)  # pyright: ignore[reportPrivateImportUsage]
+    rank, degree = (0, 1) if mesh is None else (mesh.ranks["pipeline"], mesh.degrees.pipeline)
+    fully_sharded = mesh is not None and mesh.degrees.shard * mesh.degrees.data_replicate > 1
+    sites, params = plan.program.sites(), plan.program.params()
+    stages: dict[int, TorchProgram] = {}
+    parameters: dict[str, nn.Parameter] = {}
+    layouts: dict[str, Layout] = {}
+    for number in range(rank, len(plan.stages), degree):
+        module = stages[number] = _build(plan, number, mesh, options)
+        names = {local: sites[local].name for local, _ in module.named_parameters()}
+        for local, name in names.items():
+            layouts[name] = Layout(
+                param=params[name], mesh=mesh, fully_sharded=fully_sharded, tied=degree > 1 and _is_tied(plan, name)
+            )
+            path, _, leaf = local.rpartition(".")
+            setattr(module.get_submodule(path), leaf, nn.Parameter(layouts[name].on_meta(options.dtype)))
+        _prepare(module, options)
+        if fully_sharded:
+            _fully_shard(module, options, {local: layouts[name] for local, name in names.items()})
+        module.to_empty(device=options.device)
+        parameters |= {names[local]: parameter for local, parameter in module.named_parameters()}
+    for name, parameter in parameters.items():
+        layouts[name].fill(parameter, lambda part, name=name: weights.read(name, part))
+    return ShardedModel(plan=plan, mesh=mesh, options=options, stages=stages, parameters=parameters, layouts=layouts)
+
+
+def _is_tied(plan: Plan, name: str) -> bool:
+    """Whether the first and the last stage read one tensor."""
+    return sum(site.name == name for site in plan.program.sites().values()) > 1
+
+
+def _build(plan: Plan, number: int, mesh: Mesh | None, options: Options) -> TorchProgram:
+    ops = TorchOps(
+        dtype=options.compute_dtype,
+        vocab_size=plan.program.vocab_size,
+        sequence=plan.degrees.sequence,
+        groups={} if mesh is None else mesh.groups,
+        ranks={} if mesh is None else mesh.ranks,
+    )
+    return TorchProgram(plan.stage(number), ops, dtype=options.dtype, device="meta")
+
+
+def _prepare(module: TorchProgram, options: Options) -> None:
+    for layer in module.layers():
+        layer.checkpointing = options.checkpointing
+    if options.compile_layers is not None:
+        module.compile_layers(**options.compile_layers)
+
+
+def _fully_shard(module: TorchProgram, options: Options, layouts: Mapping[str, Layout]) -> None:
+    """One FSDP group for each layer, for the embedding and for the head; one for both where they are tied."""
+    narrow = options.compute_dtype if options.compute_dtype != options.dtype else None
+    policy = MixedPrecisionPolicy(param_dtype=narrow, reduce_dtype=options.dtype, cast_forward_inputs=False)
+
+    def shard(modules: list[BlockModule] | BlockModule | TorchProgram, layout: Layout, reshard: bool) -> None:
+        fully_shard(modules, mesh=layout.shard_mesh, mp_policy=policy, reshard_after_forward=reshard)  # pyright: ignore
+
+    ordinary = next(layout for layout in layouts.values() if not layout.is_expert)
+    for layer in module.layers():
+        for path, layout in _experts(layer, layouts):
+            shard(path, layout, options.reshard)
+        shard(layer, ordinary, options.reshard)
+    embedding, head = module.embedding(), module.head()
+    tied = any(name in each._borrowed for each in head for name in each.block.params())
+    for group in [embedding + head] if tied else [embedding, head]:
+        if group:
+            shard(group, ordinary, False)
+    shard(module, ordinary, False)
+    for each in module.modules():
+        if isinstance(each, FSDPModule):
+            # The loss is divided by the number of targets of all ranks, so gradients are summed, not averaged; and gloo
+            # sums where an average is asked for (pytorch#162338).
+            each.set_gradient_divide_factor(1.0)
+            each.set_force_sum_reduction_for_comms(True)
+
+
+def _experts(layer: BlockModule, layouts: Mapping[str, Layout]) -> Iterator[tuple[BlockModule, Layout]]:
+    """The modules of a layer that hold experts."""
+    for each in layer.modules():
+        if isinstance(each, BlockModule):
+            own = [layouts[f"{each.path}.{name}"] for name in each.block.params() if f"{each.path}.{name}" in layouts]
+            if own and own[0].is_expert:
+                yield each, own[0]
+
+
+def global_norm(model: ShardedModel) -> torch.Tensor:
+    """The 2-norm of all gradients together, the same number on every rank.
+
+    sqrt(all_reduce(Σ x² / copies)), the squares added in float64; one collective for all tensors.
+    """
+    pairs = list(model.gradients())
+    norms = torch._foreach_norm([gradient for _, gradient in pairs])  # pyright: ignore[reportPrivateImportUsage]
     squares = torch.stack(norms).double().square()
-    meshes = {tensor.device_mesh for tensor in tensors if isinstance(tensor, DTensor)}
-    if not meshes:
-        return squares.sum().sqrt()
-    (mesh,) = meshes
-    sharded = [isinstance(tensor, DTensor) and any(p.is_shard() for p in tensor.placements) for tensor in tensors]
-    chosen = torch.tensor(sharded, device=squares.device)
-    shards = squares[chosen].sum()
-    all_reduce(shards, group=mesh.get_group())
-    return (shards + squares[~chosen].sum()).sqrt()
+    # Numbers of copies are few: with a sum for each, none has to be sent to the device.
+    total = torch.zeros_like(squares[0])
+    for copies in {layout.copies for layout, _ in pairs}:
+        runs = [index for index, (layout, _) in enumerate(pairs) if layout.copies == copies]
+        total += sum(squares[start:stop].sum() for start, stop in _runs(runs)) / copies
+    if model.mesh is not None:
+        dist.all_reduce(total)
+    return total.sqrt()
 
 
-def scale_(tensors: Iterable[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiply every tensor in place."""
-    locals_ = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-    torch._foreach_mul_(locals_, factor.to(locals_[0].dtype))  # pyright: ignore[reportPrivateImportUsage]
-
-
-def _copy(array: Array, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of its own: `array` may be a view of a file."""
-    tensor = torch.empty(array.shape, dtype=dtype)
-    tensor.numpy()[...] = array
-    return tensor.to(device)
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Rising numbers as ranges [start, stop) of neighbours."""
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield numbers[start], numbers[end - 1] + 1
+            start = end

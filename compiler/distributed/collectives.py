@@ -1,4 +1,12 @@
-"""The two collectives of tensor parallelism and their gradients (Shoeybi et al. 2019, operators f and g)."""
+"""The collectives of training and their gradients, each a pair (Shoeybi et al. 2019; Korthikanti et al. 2022).
+
+forward                     backward
+copy_to       identity      all-reduce         one input, ranks compute different parts with it
+reduce_from   all-reduce    identity           ranks hold parts of one sum
+gather_from   all-gather    reduce-scatter     ranks hold pieces, each computes its part with all of them
+scatter_to    reduce-scatter  all-gather       ranks hold parts of one sum, each goes on with its piece
+join          all-gather    own piece          ranks hold pieces, all compute the same with the whole
+"""
 
 from typing import Any
 
@@ -6,33 +14,103 @@ import torch
 import torch.distributed._functional_collectives as funcol
 from torch.distributed import ProcessGroup
 
+Tensor = torch.Tensor
+
+
+def all_reduce(x: Tensor, group: ProcessGroup, operation: str = "sum") -> Tensor:
+    """A new tensor; no gradient."""
+    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
+
+
+# torch 2.13 renamed them.
+_all_gather: Any = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+_reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+
+
+def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    whole = funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
+    # Put together here: torch.compile of 2.11 cannot see into the operator's own way of doing it.
+    return whole if dim == 0 else torch.cat(whole.chunk(whole.shape[0] // x.shape[0]), dim)
+
+
+def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
+
 
 class _CopyTo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return funcol.wait_tensor(funcol.all_reduce(grads[0].contiguous(), "sum", ctx.group)), None
+        return all_reduce(grads[0], ctx.group), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), "sum", group))
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return all_reduce(x, group)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         return grads[0], None
 
 
-def copy_to(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+class _GatherFrom(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return reduce_scatter(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _ScatterTo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return reduce_scatter(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_gather(grads[0], ctx.group, ctx.dim), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        return all_gather(x, group, dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None
+
+
+def copy_to(x: Tensor, group: ProcessGroup) -> Tensor:
     """f: the identity; its gradient is summed over the group. Where ranks compute different parts of one input."""
     return _CopyTo.apply(x, group)  # pyright: ignore[reportReturnType]
 
 
-def reduce_from(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+def reduce_from(x: Tensor, group: ProcessGroup) -> Tensor:
     """g: the sum over the group; its gradient is the identity. Where ranks hold parts of one sum."""
     return _ReduceFrom.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def gather_from(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """The ranks' pieces along `dim`; gradients of all ranks are summed, each keeps those of its piece."""
+    return _GatherFrom.apply(x, group, dim)  # pyright: ignore[reportReturnType]
+
+
+def scatter_to(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """This rank's piece along `dim` of the sum over the group."""
+    return _ScatterTo.apply(x, group, dim)  # pyright: ignore[reportReturnType]
+
+
+def join(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    """The ranks' pieces along `dim`, for a use that is the same on every rank."""
+    return _Join.apply(x, group, dim)  # pyright: ignore[reportReturnType]

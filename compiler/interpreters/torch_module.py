@@ -2,19 +2,25 @@
 
 import inspect
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import GroupedQueryAttention, Rope
-from archwright.compiler.interpreters.torch_ops import TorchOps, TorchStep, make_step
-from archwright.compiler.ir import Block, Param, Program, RopeTable, Segment
+from archwright.compiler.blocks import Embedding, GroupedQueryAttention, LanguageModelHead, PositionedEmbedding, Rope
+from archwright.compiler.distributed.checkpointing import Checkpointing
+from archwright.compiler.distributed.collectives import join
+from archwright.compiler.distributed.context import gathered_order, positions_of
+from archwright.compiler.interpreters.torch_ops import TorchOps, make_step
+from archwright.compiler.ir import Block, Param, Program, RopeTable
 
 Cache = Mapping[str, Mapping[str, torch.Tensor]]
 """Path of a block → name of its state → tensor [batch, kv_heads, positions, head_dim]."""
+
+Form = tuple[tuple[int, ...], torch.dtype]
+"""Shape and type of a tensor."""
 
 RECOMPILATIONS = 64
 """Of one kind of layer: with and without gradients, for batches and lengths of 1 and of more, with a window that hides
@@ -51,9 +57,15 @@ class BlockModule(nn.Module):
         self.ops = ops
         self.path = path
         self.cache: Mapping[str, torch.Tensor] = {}
+        self.checkpointing: Checkpointing | None = None
         self._borrowed: dict[str, tuple[nn.Module]] = {}  # in tuples, so that nn.Module does not register them
 
-    def forward(self, x: torch.Tensor, *args: Any) -> Any:
+    def forward(self, x: Any, *args: Any) -> Any:
+        if self.checkpointing is not None and torch.is_grad_enabled():
+            return self.checkpointing.run(self._run, x, *args)
+        return self._run(x, *args)
+
+    def _run(self, x: Any, *args: Any) -> Any:
         if self.block.enter is not None:
             x = self.ops.enter(x, self.block.enter)
         return self.block.forward(self.ops, TorchScope(self), x, *args)
@@ -139,33 +151,77 @@ class TorchProgram(nn.Module):
 
     def forward(
         self,
-        ids_BS: torch.Tensor,
+        x: Any,
         targets_BS: torch.Tensor | None = None,
         *,
         positions_BS: torch.Tensor | None = None,
         write_index_B: torch.Tensor | None = None,
         visible: int | None = None,
     ) -> Any:
-        step: TorchStep = make_step(
-            self._tables,
-            self._masks,
-            ids_BS,
-            self.ops.dtype,
-            positions_BS=positions_BS,
-            write_index_B=write_index_B,
-            visible=visible,
-            targets_BS=targets_BS,
-        )
-        modules: Iterator[BlockModule] = iter(self._segments)
+        """x: ids [B, S] of whole sequences, also where context ranks share them; what the stage before gave, in one
+        that does not begin with the embedding."""
+        context, keys = self.ops.groups.get("context"), visible
+        if context is not None:
+            first = x if isinstance(x, torch.Tensor) else x[0]
+            keys = first.shape[1] * (1 if self.begins else context.size() * self._token_ranks())
+            own_S = positions_of(keys, context.size(), context.rank(), first.device)
+            positions_BS = own_S[None]
+            x = x[:, own_S] if self.begins else x
+            targets_BS = None if targets_BS is None else targets_BS[:, own_S]
+        elif positions_BS is None:
+            first = x if isinstance(x, torch.Tensor) else x[0]
+            length = first.shape[1] * (1 if self.begins else self._token_ranks())
+            positions_BS = torch.arange(length, device=first.device)[None]
+        step = make_step(
+            self._tables, self._masks, self.ops.dtype,
+            positions_BS=positions_BS, keys=keys, write_index_B=write_index_B, targets_BS=targets_BS,
+        )  # fmt: skip
+        modules = iter(self._segments)
+        y = self.program.run(lambda _: next(modules), x, step)
+        if context is not None and self.ends and targets_BS is None:
+            return join(y, context, 1)[:, gathered_order(keys, context.size(), y.device)]
+        return y
 
-        def bind(_: Segment) -> BlockModule:
-            return next(modules)
+    def handed_on(self, ids_BS: torch.Tensor) -> list[Form]:
+        """What a stage gives to the next one for these ids: hidden [B, S, D] of the tokens that this rank has."""
+        batch, length = ids_BS.shape
+        context = self.ops.groups.get("context")
+        own = length // (1 if context is None else context.size()) // self._token_ranks()
+        return [((batch, own, self.program.hidden_size), self.ops.dtype)]
 
-        return self.program.run(bind, ids_BS, step)
+    def _token_ranks(self) -> int:
+        """Ranks among which the tokens between two stages are spread, beside those of the context axis."""
+        group = self.ops.groups.get("tensor")
+        return group.size() if group is not None and self.ops.sequence else 1
+
+    @property
+    def begins(self) -> bool:
+        """Whether the Program begins with the embedding; a later pipeline stage does not."""
+        return isinstance(self.program.segments[0].block, Embedding | PositionedEmbedding)
+
+    @property
+    def ends(self) -> bool:
+        """Whether the Program ends with the head."""
+        return isinstance(self.program.segments[-1].block, LanguageModelHead)
+
+    def embedding(self) -> list[BlockModule]:
+        """The modules of the first segment that have parameters."""
+        return self._leaves(0) if self.begins else []
+
+    def head(self) -> list[BlockModule]:
+        """Final norm and output matrix."""
+        return self._leaves(-1) if self.ends else []
+
+    def _leaves(self, number: int) -> list[BlockModule]:
+        segment = self.program.segments[number]
+        children = segment.block.children()
+        return [self._by_path[segment.block.child_path(name, segment.path)] for name in children] or [
+            self._by_path[segment.path]
+        ]
 
     def layers(self) -> list[BlockModule]:
         """The segments between embedding and head: what is compiled, checkpointed and sharded one by one."""
-        return self._segments[1:-1]
+        return self._segments[int(self.begins) : len(self._segments) - int(self.ends)]
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile each layer in place. Equal layers share their code, layers of different kinds do not: torch
@@ -174,7 +230,7 @@ class TorchProgram(nn.Module):
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": RECOMPILATIONS, **options}
         kinds: dict[Block, type[BlockModule]] = {}
-        for layer in self.layers():
+        for layer in [*self.layers(), *self.head()[:1]]:  # the final norm stands alone before the loss
             if layer.block not in kinds:
                 kinds[layer.block] = _kind_of(layer.block)
             layer.__class__ = kinds[layer.block]

@@ -7,6 +7,7 @@ P cache capacity, T = B · S tokens.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from archwright.compiler.distributed.collectives import copy_to, reduce_from
-from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy
-from archwright.compiler.ir import Mask, Param, RopeTable, Step, Window
+from archwright.compiler.distributed.collectives import copy_to, gather_from, join, reduce_from, scatter_to
+from archwright.compiler.distributed.context import causal_chunks, gather_sequence
+from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy, Rows
+from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
 
 Tensor = torch.Tensor
 
@@ -39,35 +41,61 @@ class TorchOps:
     """Ops over torch tensors.
 
     dtype: of the computation; parameters may be wider (float32 masters under bfloat16), each use casts them.
-    groups, ranks: mesh axis → process group and this rank's coordinate on it; empty on one device.
+    groups, ranks: mesh axis → process group and this rank's coordinate on it; axes of one rank are left out.
+    vocab_size: rows of the whole vocabulary, where ranks share them.
+    sequence: whether tensor ranks share the tokens between the matrices.
     """
 
     dtype: torch.dtype
+    vocab_size: int = 0
+    sequence: bool = False
     groups: Mapping[str, ProcessGroup] = field(default_factory=dict[str, ProcessGroup])
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
-    def enter(self, x: Tensor, mesh_axis: str) -> Tensor:
-        return copy_to(x, self.groups[mesh_axis])
+    def enter(self, x: Tensor, boundary: Boundary) -> Tensor:
+        group = self.groups[boundary.mesh_axis]
+        return gather_from(x, group, 1) if boundary.tokens else copy_to(x, group)
+
+    def _leave(self, y: Tensor, boundary: Boundary) -> Tensor:
+        """Add up the ranks' parts; with `tokens` each goes on with its piece of the sequence."""
+        group = self.groups[boundary.mesh_axis]
+        return scatter_to(y, group, 1) if boundary.tokens else reduce_from(y, group)
 
     def param(self, value: Tensor, param: Param) -> Tensor:
         """The part of a parameter that this rank computes with."""
         if not isinstance(value, DTensor):
             return value
         local, split = value.to_local(), param.split
+        if param.partial is not None:
+            return copy_to(local, self.groups[param.partial])
         if split is None or split.parts == split.degree:
             return local
         # Fewer key/value heads than ranks: the weight is replicated, each rank uses one head and adds its gradient.
         return copy_to(local, self.groups[split.mesh_axis])[split.slices(param.shape, self.ranks[split.mesh_axis])]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, reduce: str | None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reduce: Boundary | None,
+        gather: Boundary | None = None,
+    ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
-        if reduce is None:
-            return F.linear(x, weight.to(x.dtype), bias)
-        y = reduce_from(F.linear(x, weight.to(x.dtype)), self.groups[reduce])
-        return y if bias is None else y + bias
+        if reduce is not None:
+            y = self._leave(F.linear(x, weight.to(x.dtype)), reduce)
+            return y if bias is None else y + bias
+        y = F.linear(x, weight.to(x.dtype), bias)
+        return y if gather is None else join(y, self.groups[gather.mesh_axis], -1)[..., : self.vocab_size]
 
-    def embed(self, ids_BS: Tensor, weight_VD: Tensor) -> Tensor:
-        return F.embedding(ids_BS, weight_VD).to(self.dtype)
+    def embed(self, ids_BS: Tensor, weight_VD: Tensor, *, reduce: Boundary | None) -> Tensor:
+        if reduce is None:
+            return F.embedding(ids_BS, weight_VD).to(self.dtype)
+        local_BS = ids_BS - self.ranks[reduce.mesh_axis] * weight_VD.shape[0]
+        here_BS = (local_BS >= 0) & (local_BS < weight_VD.shape[0])
+        rows_BSD = F.embedding(local_BS.where(here_BS, 0), weight_VD).to(self.dtype)
+        return self._leave(rows_BSD * here_BS[..., None], reduce)
 
     def rms_norm(self, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide_BSD = x_BSD.to(_at_least_float32(x_BSD.dtype))
@@ -109,6 +137,11 @@ class TorchOps:
     def attention(
         self, q_BNSH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, *, mask: Mask, scale: float, step: TorchStep
     ) -> Tensor:
+        if "context" in self.groups:
+            group = self.groups["context"]
+            k_BKLH, v_BKLH = gather_sequence(k_BKLH, group), gather_sequence(v_BKLH, group)
+            if q_BNSH.is_cuda and q_BNSH.dtype.itemsize == 2 and mask == Causal():
+                return causal_chunks(q_BNSH, k_BKLH, v_BKLH, scale, group)
         mask_B1SL = step.masks.get(mask.key)
         return F.scaled_dot_product_attention(
             q_BNSH,
@@ -120,36 +153,47 @@ class TorchOps:
             enable_gqa=q_BNSH.shape[1] != k_BKLH.shape[1],
         )
 
-    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_cross_entropy(
+        self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, *, gather: Boundary | None
+    ) -> tuple[Tensor, Tensor]:
         targets_T = targets_BS.flatten()
         if not torch.is_grad_enabled():
             # An autograd.Function cannot see `no_grad`, and would form gradients that nobody asks for.
             x_BSD, weight_VD = x_BSD.detach(), weight_VD.detach()
-        loss_sum = LinearCrossEntropy.apply(x_BSD.flatten(0, 1), weight_VD, targets_T)
+        loss_sum = LinearCrossEntropy.apply(x_BSD.flatten(0, 1), weight_VD, targets_T, self._rows(weight_VD, gather))
         return loss_sum, (targets_T != -100).sum()
+
+    def _rows(self, weight_VD: Tensor, gather: Boundary | None) -> Rows | None:
+        """Which rows of the vocabulary this rank has, where ranks share them."""
+        if gather is None:
+            return None
+        size = weight_VD.shape[0]
+        first = self.ranks[gather.mesh_axis] * size
+        return Rows(group=self.groups[gather.mesh_axis], first=first, real=max(0, min(size, self.vocab_size - first)))
 
 
 def make_step(
     tables: Mapping[str, RopeTable],
     masks: Iterable[Mask],
-    ids_BS: Tensor,
     dtype: torch.dtype,
     *,
-    positions_BS: Tensor | None = None,
+    positions_BS: Tensor,
+    keys: int | None = None,
     write_index_B: Tensor | None = None,
-    visible: int | None = None,
     targets_BS: Tensor | None = None,
 ) -> TorchStep:
-    """The step of a forward over ids [B, S]: positions 0..S-1 by default; with a cache, its first `visible` rows."""
-    device = ids_BS.device
-    if positions_BS is None:
-        positions_BS = torch.arange(ids_BS.shape[1], device=device)[None]  # one row that serves the whole batch
-    kv_positions_L = None if visible is None else torch.arange(visible, device=device)
-    shown = _visible(masks, positions_BS, kv_positions_L)
+    """The step of a forward. positions_BS: of its tokens; one row serves the whole batch.
+
+    keys: attention meets the keys of the positions 0..keys-1, in a cache or of all context ranks; by default those of
+    the tokens themselves.
+    """
+    device = positions_BS.device
+    keys_L = None if keys is None else torch.arange(keys, device=device)
+    shown = _visible(masks, positions_BS, keys_L)
     return TorchStep(
         positions_BS=positions_BS,
         write_index_B=write_index_B,
-        kv_positions_L=kv_positions_L,
+        kv_positions_L=None if write_index_B is None else keys_L,
         targets_BS=targets_BS,
         rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
         masks={
@@ -159,12 +203,12 @@ def make_step(
     )
 
 
-def _visible(masks: Iterable[Mask], positions_BS: Tensor, kv_positions_L: Tensor | None) -> dict[str, Tensor]:
+def _visible(masks: Iterable[Mask], positions_BS: Tensor, keys_L: Tensor | None) -> dict[str, Tensor]:
     """Boolean masks [B, 1, S, L] by key, of those that are not plainly causal: FlashAttention takes no boolean mask."""
     length = positions_BS.shape[1]
-    if kv_positions_L is None:
+    if keys_L is None:
         masks = [mask for mask in masks if isinstance(mask, Window) and mask.size < length]
-    keys_BL = positions_BS if kv_positions_L is None else kv_positions_L[None]
+    keys_BL = positions_BS if keys_L is None else keys_L[None]
     distance_B1SL = positions_BS[:, None, :, None] - keys_BL[:, None, None, :]
     causal_B1SL = distance_B1SL >= 0
     return {
@@ -175,10 +219,16 @@ def _visible(masks: Iterable[Mask], positions_BS: Tensor, kv_positions_L: Tensor
 
 def _rotation(table: RopeTable, positions_BS: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [B, 1, S, H/2]. The angle is formed in float64, since float32 is off by 4e-3 at position 131,071."""
-    frequencies = torch.tensor(table.frequencies(), dtype=torch.float64, device=positions_BS.device)
+    frequencies = _frequencies(table, positions_BS.device)
     angle_B1SH = positions_BS[:, None, :, None] * frequencies
     wide = _at_least_float32(dtype)
     return angle_B1SH.cos().to(wide), angle_B1SH.sin().to(wide)
+
+
+@cache
+def _frequencies(table: RopeTable, device: torch.device) -> Tensor:
+    """[H/2], sent to the device once: sending waits for it."""
+    return torch.tensor(table.frequencies(), dtype=torch.float64, device=device)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -42,6 +42,11 @@ class Degrees:
         return self.expert * self.data_shard * self.context
 
     @property
+    def token_pieces(self) -> int:
+        """Equal pieces that a sequence is cut into: two for each context rank, and those among the tensor ranks."""
+        return (2 * self.context if self.context > 1 else 1) * (self.tensor if self.sequence else 1)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """Mesh axis → degree, outermost first."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}

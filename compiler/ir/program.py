@@ -66,6 +66,16 @@ class Program:
         """Canonical name → parameter, shared ones once."""
         return {place: site.param for place, site in self.sites().items() if site.owner}
 
+    @property
+    def hidden_size(self) -> int:
+        """Width of what passes between segments."""
+        return next(
+            size
+            for param in self.params().values()
+            for size, axis in zip(param.shape, param.axes, strict=True)
+            if axis == "embed"
+        )
+
     def num_params(self) -> int:
         return sum(param.size for param in self.params().values())
 

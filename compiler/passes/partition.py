@@ -44,8 +44,8 @@ def partition(program: Program, degrees: Degrees, table: Mapping[Axis, str] = IN
 
     A matrix whose output axis is sharded leaves its output sharded; one that contracts over a sharded axis gets
     `reduce`, and so does a table whose rows are cut; a block whose matrices turn a replicated input into sharded
-    outputs gets `enter`. With `degrees.sequence` what lies between is spread over the tensor ranks token by token, and the
-    parameters that are read there are `partial`.
+    outputs gets `enter`. With `degrees.sequence` what lies between is spread over the tensor ranks token by token, and
+    the parameters that are read there are `partial`.
     Raises ArchwrightError IR001 where an axis cannot be cut.
     """
 

@@ -32,6 +32,7 @@ def _measured(value: float, unit: str, source: str) -> Constant:
 TABLE: Mapping[str, Constant] = MappingProxyType(
     {
         # Memory.
+        "reserved_bytes": _measured(590 * MIB, "bytes", "H100: 81,559 MiB reported, 79.1 GiB seen by torch"),
         "context_bytes": _estimate(640 * MIB, "bytes", "CUDA context, kernels and cuBLAS workspaces of a process"),
         "nccl_bytes": _estimate(256 * MIB, "bytes/communicator", "NCCL's channels and buffers on NVLink machines"),
         "allocator_slack": _estimate(0.04, "fraction", "reserved above allocated in PyTorch's caching allocator"),
@@ -45,7 +46,7 @@ TABLE: Mapping[str, Constant] = MappingProxyType(
         "bandwidth_fraction": _measured(3008 / 3350, "of published", "device-to-device copy, one H100, 2026-11-22"),
         "eager_passes": _estimate(1.5, "of one read and write", "uncompiled elementwise work makes extra passes"),
         "backward_traffic": _estimate(2.0, "of forward", "elementwise backward: reads saved and gradient, writes one"),
-        "optimizer_bytes": _estimate(40, "bytes/parameter", "fused AdamW: 7 float32 words; norm and clipping: 3"),
+        "optimizer_bytes": _estimate(32, "bytes/parameter", "fused AdamW with clipping: 7 float32 words; norm: 1"),
         "launch_s": _estimate(4e-6, "s/operation", "kernels that are launched faster than they run cost nothing"),
         "step_overhead_s": _estimate(2e-3, "s/step", "data, synchronisation and logging of a step"),
         # Communication.

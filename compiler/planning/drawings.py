@@ -74,7 +74,7 @@ def mesh_drawing(report: PlanReport) -> str:
 def memory_drawing(report: PlanReport) -> str:
     """A stacked bar for each pipeline rank, and the capacity of a GPU."""
     kinds = report.training.memory if report.training else report.memory[:1]
-    capacity = report.cluster.gpu.memory_bytes if report.cluster else 0
+    capacity = report.cluster.capacity_bytes if report.cluster else 0
     full = max([capacity, *(total_bytes(each) for each in kinds)])
     left, height = 110.0, 20.0
     scale = (_WIDTH - left - 90) / full

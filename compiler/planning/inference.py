@@ -63,7 +63,7 @@ def estimate_inference(placed: Plan, build: Build, cluster: Cluster | None) -> I
 
 def _largest_batches(placed: Plan, build: Build, cluster: Cluster, memory: InferenceMemory) -> dict[int, int]:
     """Rows that fit beside the weights, for the cache's length and its halves down to an eighth."""
-    room = cluster.gpu.memory_bytes - (total_bytes(memory) - memory.kv_cache_bytes)
+    room = cluster.capacity_bytes - (total_bytes(memory) - memory.kv_cache_bytes)
     token, longest = kv_bytes_per_token(placed.local, build.precision), cache_positions(placed.program, build)
     lengths = dict.fromkeys(max(1, longest >> shift) for shift in range(4))
     return {length: max(0, room // (token * length)) for length in lengths}

@@ -60,6 +60,12 @@ class Layout:
         """Whether FSDP is applied at all."""
         return self.degrees.shard * self.degrees.data_replicate > 1
 
+    @property
+    def gathers_once(self) -> bool:
+        """Whether FSDP gathers weights once a step and reduces gradients once: in a pipeline, whose micro-batches
+        would otherwise each pay for it."""
+        return self.is_sharded and self.degrees.pipeline > 1
+
     def segments(self, stage: int) -> tuple[int, ...]:
         """Kinds of the segments of a stage, in order."""
         return self.kinds[slice(*self.stages[stage])]

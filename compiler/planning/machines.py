@@ -73,6 +73,11 @@ class Cluster:
     gpu: Gpu
     constants: Constants = field(default_factory=lambda: DEFAULTS)
 
+    @property
+    def capacity_bytes(self) -> int:
+        """Of one GPU, what programs can have."""
+        return self.gpu.memory_bytes - round(self.constants["reserved_bytes"])
+
 
 def parse_cluster(text: str, gpus: Mapping[str, Gpu] = GPUS, constants: Constants = DEFAULTS) -> Cluster:
     """`512xH100` → 512 H100s; `H100` is one. Raises ArchwrightError PLAN001 for anything else."""

@@ -124,7 +124,7 @@ def _fullest(
     copies = _copies_bytes(layout, rank, compute, master, constants)
     gradients, first = _unsharded_gradients(layout, rank, compute, constants)
     forming, scaling = _loss_bytes(layout, sequences, compute, master) if _has_head(layout, rank) else (0, 0)
-    there = whole.gradients_bytes if after or train.micro_batches > 1 else 0
+    there = whole.gradients_bytes if (after or train.micro_batches > 1) and not layout.gathers_once else 0
     working = sequences * _working_bytes(layout, rank, kept, compute)
     moments = {
         "loss": (copies, there, activations, forming, 0, 0),
@@ -167,11 +167,14 @@ def _layer_sizes(layout: Layout, rank: int) -> list[int]:
 
 
 def _copies_bytes(layout: Layout, rank: int, compute: int, master: int, constants: Constants | None) -> int:
-    """Copies of matrices in the computation's dtype; with FSDP: the gathered layers, embedding and head."""
+    """Copies of matrices in the computation's dtype; with FSDP: the gathered layers, embedding and head.
+
+    A pipeline gathers its stages once a step and keeps them.
+    """
     if not layout.is_sharded:
         cast = sum(each.unsharded for each in rank_params(layout, rank) if each.cast)
         return cast * compute if compute != master else 0
-    number = round((constants or DEFAULTS)["gathered_layers"])
+    number = None if layout.gathers_once else round((constants or DEFAULTS)["gathered_layers"])
     layers = sorted(_layer_sizes(layout, rank), reverse=True)[:number]
     return compute * (sum(layers) + _ends_size(layout, rank))
 
@@ -183,10 +186,16 @@ def _ends_size(layout: Layout, rank: int) -> int:
 
 
 def _unsharded_gradients(layout: Layout, rank: int, compute: int, constants: Constants | None) -> tuple[int, int]:
-    """FSDP's gradients before they are reduced, in the computation's dtype and widened: (layers', the embedding's)."""
+    """FSDP's gradients before they are reduced, in the computation's dtype and widened: (layers', the embedding's).
+
+    A pipeline adds up whole wide gradients, and reduces them in the last backward.
+    """
     if not layout.is_sharded:
         return 0, 0
     found, wide = constants or DEFAULTS, max(4, compute)
+    if layout.gathers_once:
+        whole = wide * sum(each.unsharded for each in rank_params(layout, rank))
+        return whole, whole
     largest = max(_layer_sizes(layout, rank), default=0)
     layers = round(largest * (found["gradient_layers"] * compute + found["reduced_layers"] * wide))
     table = sum(each.unsharded for each in layout.params[layout.kinds[0]]) if rank == 0 else 0
@@ -203,18 +212,19 @@ def _working_bytes(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: i
 
 
 def _loss_bytes(layout: Layout, sequences: int, compute: int, master: int) -> tuple[int, int]:
-    """(while the loss forms its gradient, while the backward scales it).
+    """(while the loss forms its gradient, while the backward hands it on).
 
-    Forming: one chunk of logits (in the computation's dtype, widened, their log-softmax), the head's gradient, V · D
-    wide values; under bfloat16 the head's copy in that dtype. Scaling: the gradient and its product with the factor.
+    Forming: one chunk of logits and their gradient in the computation's dtype; the head's gradient, V · D wide values;
+    under bfloat16 the head's copy in that dtype. Handing on: the head's gradient, and with FSDP a narrow copy of it and
+    the wide input of the reduction.
     """
     wide = max(4, compute)
     rows, columns = local_head(layout)
     tokens = sequences * layout.sequence // layout.degrees.context
     narrow = 0 if compute == wide else compute
     copy = 0 if layout.is_sharded else narrow
-    forming = loss_chunk(layout, compute, tokens) * rows * (2 * wide + narrow) + rows * columns * (wide + copy)
-    return forming, rows * columns * (2 * wide + (compute if layout.is_sharded and compute != wide else 0))
+    forming = loss_chunk(layout, compute, tokens) * rows * 2 * compute + rows * columns * (wide + copy)
+    return forming, rows * columns * (wide + (narrow + wide if layout.is_sharded else 0))
 
 
 def inference_memory(plan: Plan, build: Build, constants: Constants | None = None) -> InferenceMemory:

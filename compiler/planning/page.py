@@ -60,7 +60,7 @@ def _machine(report: PlanReport) -> str:
 def _verdict(report: PlanReport) -> str:
     if report.cluster is None:
         return ""
-    total, capacity = max(map(total_bytes, report.memory)), report.cluster.gpu.memory_bytes
+    total, capacity = max(map(total_bytes, report.memory)), report.cluster.capacity_bytes
     answer = "yes" if report.fits else "no"
     text = f'<p class="{answer}"><b>Fits: {answer}</b>, {total / 1e9:.1f} of {capacity / 1e9:.1f} GB.</p>'
     if report.change is not None:

@@ -89,7 +89,7 @@ def _plan_inference(spec: Spec, placed: Plan, cluster: Cluster | None) -> PlanRe
         kv_bytes_per_token=kv_bytes_per_token(placed.program, build.precision), memory=(found.memory,) * world,
         cluster=cluster, step=f"one token for {build.max_batch} rows at position {positions}",
         tokens_per_step=build.max_batch, training=None, inference=found,
-        fits=None if cluster is None else total_bytes(found.memory) <= cluster.gpu.memory_bytes,
+        fits=None if cluster is None else total_bytes(found.memory) <= cluster.capacity_bytes,
         change=None, notes=(), precision=build.precision,
     )  # fmt: skip
 

@@ -94,7 +94,7 @@ class PlanReport:
             "replicas": self.replicas,
             "gpus": cluster
             and {
-                "count": cluster.count, "name": cluster.name, "memory_bytes": cluster.gpu.memory_bytes,
+                "count": cluster.count, "name": cluster.name, "memory_bytes": cluster.capacity_bytes,
                 "node_size": cluster.gpu.node_size,
             },
             "parameters": {"total": self.num_params, "per_rank": self.num_params_per_rank},

@@ -1,16 +1,18 @@
-"""In which order a pipeline's ranks do their micro-batches, simulated: bubble, timeline, and how much is alive at once.
+"""A pipeline's schedule, simulated: bubble, timeline, and how much is alive at once.
 
-    GPipe, P = 3 ranks, M = 4 micro-batches        1F1B
-    F0 F1 F2 F3 .  .  .  .  B3 B2 B1 B0             F0 F1 F2 .  .  B0 F3 B1 .  B2 .  B3
-       F0 F1 F2 F3 .  .  B3 B2 B1 B0                   F0 F1 .  B0 F2 B1 F3 B2 .  B3
-          F0 F1 F2 F3 B3 B2 B1 B0                         F0 B0 F1 B1 F2 B2 F3 B3
+    GPipe, P = 3 ranks, M = 3 micro-batches         1F1B
+    F0 F1 F2 .  .  .  .  B0 .. B1 .. B2              F0 F1 F2 .  .  .. B0 .. B1 .. B2
+       F0 F1 F2 .  .  B0 .. B1 .. B2                    F0 F1 .  B0 .. F2 B1 .. B2
+          F0 F1 F2 B0 .. B1 .. B2                          F0 B0 .. F1 B1 .. F2 B2
 
 With equal stages both idle for (P - 1) / (M + P - 1) of the step (Huang et al. 2019); v stages a rank, interleaved,
 divide the P - 1 by v (Narayanan et al. 2021).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from archwright.compiler.schedules import Action, schedule
 
 
 @dataclass(slots=True)
@@ -25,53 +27,16 @@ class Task:
     stop_s: float
 
 
-Order = list[tuple[int, int, bool]]
-"""(stage, micro-batch, whether backward) of one rank, in order."""
-
-
-def gpipe(rank: int, ranks: int, micro_batches: int) -> Order:
-    forwards = [(rank, micro, False) for micro in range(micro_batches)]
-    return forwards + [(rank, micro, True) for micro in reversed(range(micro_batches))]
-
-
-def one_forward_one_backward(rank: int, ranks: int, micro_batches: int) -> Order:
-    """ranks - rank - 1 forwards, then a forward and a backward by turns, then the backwards that are left."""
-    forwards = [(rank, micro, False) for micro in range(micro_batches)]
-    backwards = [(rank, micro, True) for micro in range(micro_batches)]
-    return _by_turns(forwards, backwards, min(ranks - rank - 1, micro_batches))
-
-
-def interleaved(rank: int, ranks: int, micro_batches: int, stages_per_rank: int) -> Order:
-    """As Megatron-LM: groups of `ranks` micro-batches pass through each of the rank's stages before the next group."""
-
-    def units(order: Sequence[int]) -> list[tuple[int, int]]:
-        return [
-            (turn * ranks + rank, micro)
-            for group in range(0, micro_batches, ranks)
-            for turn in order
-            for micro in range(group, min(group + ranks, micro_batches))
-        ]
-
-    turns = range(stages_per_rank)
-    forwards = [(stage, micro, False) for stage, micro in units(turns)]
-    backwards = [(stage, micro, True) for stage, micro in units(turns[::-1])]
-    ahead = min(2 * (ranks - rank - 1) + (stages_per_rank - 1) * ranks, len(forwards))
-    return _by_turns(forwards, backwards, ahead)
-
-
-def _by_turns(forwards: Order, backwards: Order, ahead: int) -> Order:
-    order, rest = forwards[:ahead], forwards[ahead:]
-    for index, backward in enumerate(backwards):
-        order += [*rest[index : index + 1], backward]
-    return order
+Order = Sequence[Action]
+"""What one rank does, in order."""
 
 
 def orders(kind: str, ranks: int, micro_batches: int, stages_per_rank: int) -> list[Order]:
-    """Of every rank."""
-    if kind == "interleaved" and stages_per_rank > 1:
-        return [interleaved(rank, ranks, micro_batches, stages_per_rank) for rank in range(ranks)]
-    make: Callable[[int, int, int], Order] = gpipe if kind == "gpipe" else one_forward_one_backward
-    return [make(rank, ranks, micro_batches) for rank in range(ranks)]
+    """Of every rank, as training runs them."""
+    return [
+        schedule(kind, ranks=ranks, stages_per_rank=stages_per_rank, micro_batches=micro_batches, rank=rank)
+        for rank in range(ranks)
+    ]
 
 
 def simulate(
@@ -89,7 +54,8 @@ def simulate(
         before = len(tasks)
         for rank in sorted(waiting):
             while at[rank] < len(orders[rank]):
-                stage, micro, backward = orders[rank][at[rank]]
+                action = orders[rank][at[rank]]
+                stage, micro, backward = action.stage, action.micro_batch, action.backward
                 need = _needed(stage, micro, backward, last)
                 if need is not None and need not in done:
                     break
@@ -115,9 +81,9 @@ def alive(order: Order, weights: Sequence[float]) -> tuple[float, bool]:
     """(the most that forwards of a rank hold at once, where stage s holds `weights[s]` until its backward; whether a
     backward has been done by then)."""
     now, most, after, done = 0.0, 0.0, False, False
-    for stage, _, backward in order:
-        now += -weights[stage] if backward else weights[stage]
-        done = done or backward
+    for action in order:
+        now += -weights[action.stage] if action.backward else weights[action.stage]
+        done = done or action.backward
         if now >= most:
             most, after = now, done
     return most, after

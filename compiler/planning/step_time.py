@@ -1,9 +1,10 @@
 """How long a training step takes: work and communication of each stage, the pipeline's schedule, the optimizer.
 
-What overlaps: FSDP gathers the next layer's weights and reduces the last one's gradients while a layer computes
-(prefetch of one); what is longer than the computation beside it is exposed, and so are the first gather and the last
-reduction. Collectives of the axes `tensor`, `context` and `expert` stand between operations and overlap nothing.
-Hand-offs between stages delay the receiver only.
+In a pipeline FSDP gathers a stage in its first forward and reduces in its last backward; otherwise every micro-batch
+does both. What overlaps: FSDP gathers the next layer's weights and reduces the last one's gradients while a layer
+computes (prefetch of one); what is longer than the computation beside it is exposed, and so are the first gather and
+the last reduction. Collectives of the axes `tensor`, `context` and `expert` stand between operations and overlap
+nothing. Hand-offs between stages delay the receiver only.
 """
 
 from collections import defaultdict
@@ -36,12 +37,14 @@ class Exchange:
 
 @dataclass(frozen=True, kw_only=True)
 class StageTime:
-    """Of one micro-batch. exchanges: by axis."""
+    """Of one micro-batch. exchanges: by axis. once_s, once: what a step does once."""
 
     forward_s: float
     backward_s: float
     work: tuple[Work, ...]
     exchanges: Mapping[str, Exchange]
+    once_s: float
+    once: Mapping[str, Exchange]
 
     @property
     def total_s(self) -> float:
@@ -82,7 +85,9 @@ def step_time(
     delay_s = send_s(hand_off, group, cluster)
     tasks = simulate(plans, [each.forward_s for each in stages], [each.backward_s for each in stages], delay_s)
     busy = [sum(stages[stage].total_s for stage in layout.rank_stages(rank)) for rank in range(degrees.pipeline)]
-    makespan = max(task.stop_s for task in tasks)
+    makespan = max(task.stop_s for task in tasks) + max(
+        sum(stages[stage].once_s for stage in layout.rank_stages(rank)) for rank in range(degrees.pipeline)
+    )
     pipeline_s = makespan + (micro_batches - simulated) * max(busy)
     exchanges = _exchanges(layout, stages, micro_batches)
     if degrees.pipeline > 1:
@@ -107,20 +112,37 @@ def _stage_time(
     backward = [works[kind].backward_s + _blocking(layout, kind, setting, exchanges, "backward") for kind in kinds]
     for position, kind in enumerate(kinds):
         if kept[kind].again:  # what is computed again is exchanged again
-            backward[position] += _blocking(layout, kind, setting, exchanges, "forward")
-    forward_s, backward_s = sum(forward), sum(backward)
+            backward[position] += _blocking(layout, kind, setting, exchanges, "again", kept[kind])
+    forward_s, backward_s, once_s = sum(forward), sum(backward), 0.0
+    once: dict[str, Exchange] = defaultdict(Exchange)
     if layout.is_sharded:
-        more = _sharding(layout, kinds, forward, backward, setting, exchanges)
-        forward_s, backward_s = forward_s + more[0], backward_s + more[1]
+        found = once if layout.gathers_once else exchanges
+        more = _sharding(layout, kinds, forward, backward, setting, found)
+        if layout.gathers_once:
+            once_s = sum(more)
+        else:
+            forward_s, backward_s = forward_s + more[0], backward_s + more[1]
     return StageTime(
-        forward_s=forward_s, backward_s=backward_s, work=tuple(works[kind] for kind in kinds), exchanges=exchanges
-    )
+        forward_s=forward_s, backward_s=backward_s, work=tuple(works[kind] for kind in kinds), exchanges=exchanges,
+        once_s=once_s, once=once,
+    )  # fmt: skip
 
 
-def _blocking(layout: Layout, kind: int, setting: Setting, exchanges: dict[str, Exchange], direction: str) -> float:
-    """Seconds of the collectives inside a segment."""
+def _blocking(
+    layout: Layout, kind: int, setting: Setting, exchanges: dict[str, Exchange], direction: str,
+    kept: Kept | None = None,
+) -> float:  # fmt: skip
+    """Seconds of the collectives inside a segment.
+
+    direction: forward, backward, or again: those of a forward that is repeated. Where products are kept, so are the
+    sums of them over ranks.
+    """
     total_s, found = 0.0, groups(layout.degrees)
-    for each in layout.traces[kind].collectives:
+    trace = layout.traces[kind]
+    sums_again = kept is not None and any(trace.nodes[index].op == "linear" for index in kept.again)
+    for each in trace.collectives:
+        if direction == "again" and each.kind != "all_gather" and not sums_again:
+            continue
         if each.backward == (direction == "backward"):
             group, size = found[each.mesh_axis], each.elements * setting.sequences * setting.compute_bytes
             seconds = collective_s(each.kind, size, group, setting.cluster)
@@ -141,7 +163,8 @@ def _sharding(
     gathers, reduces = [], []
     ends = {layout.kinds[0], layout.kinds[-1]}
     for kind in kinds:
-        gather, reduce = _gather_and_reduce(layout.groups[kind], layout, setting, exchanges, again=kind not in ends)
+        again = kind not in ends and not layout.gathers_once
+        gather, reduce = _gather_and_reduce(layout.groups[kind], layout, setting, exchanges, again=again)
         gathers.append(gather)
         reduces.append(reduce)
     last = len(kinds) - 1
@@ -149,7 +172,8 @@ def _sharding(
     exposed_forward = gathers[0] + sum(max(0.0, ahead[i] - forward[i]) for i in range(last + 1))
     exposed_backward = reduces[0]
     for i in range(last, -1, -1):
-        beside = (gathers[i - 1] if i and kinds[i - 1] not in ends else 0.0) + (reduces[i + 1] if i < last else 0.0)
+        gathered = i and kinds[i - 1] not in ends and not layout.gathers_once
+        beside = (gathers[i - 1] if gathered else 0.0) + (reduces[i + 1] if i < last else 0.0)
         exposed_backward += max(0.0, beside - backward[i])
     exchanges["data_shard"].exposed_s += exposed_forward + exposed_backward
     return exposed_forward, exposed_backward
@@ -195,6 +219,8 @@ def _exchanges(layout: Layout, stages: list[StageTime], micro_batches: int) -> d
         for stage in layout.rank_stages(rank):
             for axis, each in stages[stage].exchanges.items():
                 mine[axis].add(micro_batches, each.bytes, each.total_s, each.exposed_s)
+            for axis, each in stages[stage].once.items():
+                mine[axis].add(1, each.bytes, each.total_s, each.exposed_s)
         for axis, each in mine.items():
             if each.bytes >= result[axis].bytes:
                 result[axis] = each

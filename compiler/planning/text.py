@@ -35,7 +35,7 @@ def _each(report: PlanReport) -> str:
 
 def _memory(report: PlanReport) -> list[str]:
     fullest = max(report.memory, key=total_bytes)
-    capacity = report.cluster.gpu.memory_bytes if report.cluster else 0
+    capacity = report.cluster.capacity_bytes if report.cluster else 0
     full = max(total_bytes(fullest), capacity)
     count = len(report.memory)
     alike = report.training is None or report.training.degrees.pipeline == 1
@@ -105,7 +105,7 @@ def _inference(report: PlanReport) -> list[str]:
 
 def _verdict(report: PlanReport) -> list[str]:
     assert report.cluster is not None
-    total, capacity = max(total_bytes(memory) for memory in report.memory), report.cluster.gpu.memory_bytes
+    total, capacity = max(total_bytes(memory) for memory in report.memory), report.cluster.capacity_bytes
     lines = ["", f"  fits            {'yes' if report.fits else 'no'}: {total / 1e9:.1f} of {capacity / 1e9:.1f} GB"]
     if report.fits or report.training is None:
         return lines

@@ -51,7 +51,7 @@ class Estimate:
         return rank * self.degrees.pipeline // self.degrees.world
 
     def fits(self, cluster: Cluster) -> bool:
-        return self.largest_bytes <= cluster.gpu.memory_bytes
+        return self.largest_bytes <= cluster.capacity_bytes
 
 
 def sequences_of(train: Train, degrees: Degrees) -> int:

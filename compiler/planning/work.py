@@ -12,8 +12,8 @@ from archwright.compiler.planning.layout import Layout
 from archwright.compiler.planning.machines import Cluster
 from archwright.compiler.planning.tracing import Node, SegmentTrace, rule_of
 
-LOGITS_CHUNK_BYTES = 64 << 20
-"""Of one chunk's logits in the loss; equal to `cross_entropy.CHUNK_BYTES`, which cannot be imported without torch."""
+LOGITS_CHUNK_BYTES, CHUNK_MULTIPLE = 1 << 30, 128
+"""Of one chunk's logits in the loss, and of its tokens; equal to `cross_entropy`'s, which needs torch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,10 @@ def _elementwise_bytes(trace: SegmentTrace, setting: Setting) -> float:
                    sum(nodes[i].elements for i in sums))  # fmt: skip
 
 
-def loss_chunk(layout: Layout, setting_bytes: int, tokens: int) -> int:
-    """Tokens whose logits exist at a time."""
-    return min(tokens, max(1, LOGITS_CHUNK_BYTES // (local_head(layout)[0] * max(4, setting_bytes))))
+def loss_chunk(layout: Layout, compute_bytes: int, tokens: int) -> int:
+    """Tokens whose logits exist at a time, on a GPU."""
+    fitting = LOGITS_CHUNK_BYTES // (local_head(layout)[0] * compute_bytes)
+    return min(tokens, max(1, fitting // CHUNK_MULTIPLE) * CHUNK_MULTIPLE)
 
 
 def local_head(layout: Layout) -> tuple[int, int]:
@@ -140,9 +141,8 @@ def local_head(layout: Layout) -> tuple[int, int]:
 def _loss(layout: Layout, trace: SegmentTrace, setting: Setting) -> tuple[float, float, float]:
     """(FLOPs, bytes, seconds) of the loss and its gradients, all in the forward: three products.
 
-    Of each logit, e bytes written by the product; e + w to widen; 3w log-softmax; 2w exp; 2w times valid; w + e
-    narrowed; 2e read by two products: 5e + 9w. Of each value of the head, for each chunk: read by two products 2e, a
-    part of the gradient written and read 2e, added to the sum 2w.
+    Of each logit, e bytes written by the product, read by two kernels, its gradient written and read by two products:
+    6e. Of each value of the head, for each chunk: read by two products 2e, its gradient's sum read and written 2w.
     """
     losses = [node for node in trace.nodes if node.op == "linear_cross_entropy" and node.flops]
     if not losses:
@@ -151,7 +151,7 @@ def _loss(layout: Layout, trace: SegmentTrace, setting: Setting) -> tuple[float,
     tokens = setting.sequences * layout.sequence // layout.degrees.context
     rows, columns = local_head(layout)
     chunks = -(-tokens // loss_chunk(layout, e, tokens))
-    moved = tokens * rows * (5 * e + 9 * w) + chunks * rows * columns * (4 * e + 2 * w)
+    moved = tokens * rows * 6 * e + chunks * rows * columns * (2 * e + 2 * w)
     flops = 3 * setting.sequences * losses[0].flops
     fraction = setting.cluster.constants["matmul_fraction"]
     return flops, moved, flops / (setting.peak_flops_per_s * fraction) + moved / setting.bytes_per_s

@@ -43,7 +43,7 @@ def test_the_change_is_legal_and_fits(preset: str, gpus: str, settings: dict[str
 def test_smaller_micro_batches_come_before_recomputation() -> None:
     """Both make it fit; recomputing costs a third of the forward, accumulating little."""
     report = plan(load("preset:llama3.2-1b", overrides(train={"batch_size": 32})), gpus="1xH100")
-    assert report.change is not None and report.change.settings == {"train.micro_batches": "4"}
+    assert report.change is not None and report.change.settings.keys() == {"train.micro_batches"}
 
 
 def test_states_that_fit_nowhere_need_more_gpus() -> None:

@@ -1,17 +1,19 @@
 """Memory of a training rank: states against what torch allocates, moments and pipelines by hand."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from archwright.compiler import plan
-from archwright.compiler.interpreters.torch_module import TorchProgram
-from archwright.compiler.interpreters.torch_ops import TorchOps
-from archwright.compiler.passes import lower
+from archwright.compiler.distributed.apply import Options, apply_plan
+from archwright.compiler.ir import Degrees
+from archwright.compiler.passes import TRAINING_TABLE, run_passes
 from archwright.compiler.planning.memory import TrainingMemory, parts, total_bytes
 from archwright.compiler.planning.report import PlanReport
 from archwright.compiler.planning.training import Estimate
+from archwright.compiler.weights.streaming import GeneratedWeights
 from archwright.spec import Spec, load
 from archwright.trainers.optimizer import make_optimizer
 
@@ -19,31 +21,31 @@ ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "l
 COLUMNS = ("o_proj", "down_proj")
 
 
-def allocated(spec: Spec, *, tensor: int, shard: int, rank: int = 0) -> dict[str, int]:
+def allocated(spec: Spec, *, tensor: int, shard: int) -> dict[str, int]:
     """Bytes that torch allocates for the parameters, gradients and states of one rank, cut by torch.chunk: rows or
     columns over the tensor ranks, then rows over FSDP's, where the last ranks have room for as much as the first."""
     assert spec.train is not None
-    module = TorchProgram(lower(spec), TorchOps(dtype=torch.float32), dtype=torch.float32, device="cpu")
-    for name, parameter in list(module.named_parameters()):
-        path, _, leaf = name.rpartition(".")
-        owner = path.rpartition(".")[2]
-        value = parameter.detach()
+    whole = run_passes(spec, Degrees(), TRAINING_TABLE)
+    options = Options(dtype=torch.float32, compute_dtype=torch.float32, device=torch.device("cpu"))
+    model = apply_plan(whole, GeneratedWeights(params=whole.program.params(), seed=0), None, options)
+    cut: dict[str, torch.nn.Parameter] = {}
+    for name, parameter in model.parameters.items():
+        value, owner = parameter.detach(), name.split(".")[-2]
         if owner in ROWS + COLUMNS:
-            value = value.chunk(tensor, dim=0 if owner in ROWS else 1)[rank % tensor]
-        value = value.chunk(shard, dim=0)[0].clone()
-        setattr(module.get_submodule(path), leaf, torch.nn.Parameter(value))
-    optimizer = make_optimizer(module, spec.train.optimizer, torch.float32)
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    gradients = sum(parameter.grad.nbytes for parameter in module.parameters() if parameter.grad is not None)
-    weights = sum(parameter.nbytes for parameter in module.parameters())
-    for part in optimizer._parts:
-        part.step()
-    states = [value for parameter in module.parameters() for value in optimizer.of(parameter).state[parameter].values()]
-    tensors = [value for value in states if isinstance(value, torch.Tensor) and value.ndim > 0]
-    return {
-        "weights_bytes": weights, "gradients_bytes": gradients, "optimizer_bytes": sum(each.nbytes for each in tensors),
-    }  # fmt: skip
+            value = value.chunk(tensor, dim=0 if owner in ROWS else 1)[0]
+        cut[name] = torch.nn.Parameter(value.chunk(shard, dim=0)[0].clone())
+        cut[name].grad = torch.zeros_like(cut[name])
+    gradients = sum(parameter.grad.nbytes for parameter in cut.values() if parameter.grad is not None)
+    optimizer = make_optimizer(replace(model, parameters=cut), spec.train.optimizer)
+    names = [(name, state) for name in cut for state in optimizer.state_names(model.layouts[name].param)]
+    if spec.train.optimizer.kind == "adamw":
+        optimizer.step(1.0)
+        states = [optimizer.state(name, state) for name, state in names]
+    else:  # Muon's step needs ranks to gather from
+        states = [torch.zeros_like(cut[name]) for name, _ in names]
+    weights = sum(parameter.nbytes for parameter in cut.values())
+    optimizer_bytes = sum(each.nbytes for each in states)
+    return {"weights_bytes": weights, "gradients_bytes": gradients, "optimizer_bytes": optimizer_bytes}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -79,9 +81,9 @@ def fullest(settings: dict[str, Any], gpus: str = "8xH100") -> TrainingMemory:
 def test_gradients_and_activations_are_full_at_different_moments() -> None:
     """With one micro-batch the activations are there before the gradients; later ones find those of the first."""
     one = fullest({"train.batch_size": 8}, "1xH100")
-    assert one.moment == "backward" and one.gradients_bytes == 0 and one.activations_bytes > 0
+    assert one.moment in ("loss", "backward") and one.gradients_bytes == 0 and one.activations_bytes > 0
     two = fullest({"train.batch_size": 16, "train.micro_batches": 2}, "1xH100")
-    assert two.moment == "backward" and two.gradients_bytes == 4 * 1_235_814_400
+    assert two.moment in ("loss", "backward") and two.gradients_bytes == 4 * 1_235_814_400
     assert two.activations_bytes == one.activations_bytes
     short = fullest({"train.batch_size": 1, "train.sequence_length": 128}, "1xH100")
     assert short.moment == "end" and short.activations_bytes == 0
@@ -110,6 +112,17 @@ def test_a_pipeline_of_1f1b_holds_fewer_activations_on_later_ranks() -> None:
 def activations(settings: dict[str, Any], kind: str) -> list[int]:
     report = planned({**settings, "parallel": {**settings["parallel"], "schedule": {"kind": kind}}})
     return [each.activations_bytes for each in estimate_of(report).memory]
+
+
+def test_a_pipeline_gathers_and_reduces_once() -> None:
+    """Every stage's weights stay gathered, and whole wide gradients are added up."""
+    report = planned({"parallel": {"pipeline": 4, "data_shard": 2}, "train.micro_batches": 16})
+    layer = 2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192 + 2 * 2048
+    memory = report.memory[2]
+    assert isinstance(memory, TrainingMemory) and memory.gradients_bytes == 0
+    assert memory.compute_weights_bytes == 2 * 5 * layer and memory.unsharded_gradients_bytes == 4 * 5 * layer
+    first = 5 * layer + 128_256 * 2048
+    assert report.exchanges()["data_shard"].bytes == pytest.approx((2 + 4) / 2 * first)
 
 
 def test_a_tied_matrix_lies_on_the_first_and_the_last_stage() -> None:

@@ -38,7 +38,8 @@ def test_each_stage_does_each_micro_batch_once_in_both_directions(kind: str, sta
     plans = orders(kind, 4, 8, stages_per_rank)
     for rank, order in enumerate(plans):
         stages = range(rank, 4 * stages_per_rank, 4)
-        assert sorted(order) == sorted((s, m, back) for s in stages for m in range(8) for back in (False, True))
+        done = [(each.stage, each.micro_batch, each.backward) for each in order]
+        assert sorted(done) == sorted((s, m, back) for s in stages for m in range(8) for back in (False, True))
     tasks = simulate(plans, [1.0] * 4 * stages_per_rank, [1.0] * 4 * stages_per_rank, 0.5)
     times = {(task.stage, task.micro_batch, task.backward): task for task in tasks}
     for (stage, micro, backward), task in times.items():

@@ -1,0 +1,81 @@
+"""The plans that must train alike, the models that they train, and what a training tells of itself."""
+
+from dataclasses import dataclass, field
+
+Overrides = dict[str, object]
+
+BASE: Overrides = {
+    "model.vocab_size": 91,  # no degree divides it: pieces of the vocabulary are filled up
+    "tokenizer.vocab_size": 91,
+    "model.hidden_size": 32,
+    "model.layers": 4,
+    "model.layer.ffn.hidden_size": 48,
+    "parallel.data_shard": 1,
+    "train.batch_size": 8,
+    "train.sequence_length": 16,
+    "train.micro_batches": 2,
+    "train.precision": "float64",
+    "train.clip_norm": 0.5,
+    "train.optimizer.learning_rate": 1e-2,
+}
+MODELS: dict[str, Overrides] = {
+    "tied": {},
+    "untied": {
+        "model.tied_embeddings": False,
+        "model.positions": {"kind": "learned"},
+        "model.layer.norm": {"kind": "layernorm"},
+        "model.layer.attention.bias": "all",
+        "model.layer.attention.position": {"kind": "none"},
+        "model.layer.attention.mask": {"kind": "window", "size": 5},
+        "model.layer.ffn": {"kind": "gelu", "hidden_size": 48},
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """A plan of some processes. settings: overrides of the spec."""
+
+    processes: int
+    settings: Overrides = field(default_factory=dict[str, object])
+
+
+def _mesh(processes: int, **degrees: object) -> Mesh:
+    return Mesh(processes=processes, settings={f"parallel.{axis}": degree for axis, degree in degrees.items()})
+
+
+FULL: Overrides = {"train.activation_checkpointing": {"kind": "full"}}
+SELECTIVE: Overrides = {"train.activation_checkpointing": {"kind": "selective"}}
+MESHES: dict[str, Mesh] = {
+    "one": Mesh(processes=1),
+    "one, accumulated": Mesh(processes=1, settings={"train.micro_batches": 4}),
+    "one, checkpointing": Mesh(processes=1, settings=FULL),
+    "one, selective": Mesh(processes=1, settings=SELECTIVE),
+    "data_replicate 2": _mesh(2, data_replicate=2),
+    "data_shard 2": _mesh(2, data_shard=2),
+    "data_shard 2, accumulated": Mesh(processes=2, settings={"parallel.data_shard": 2, "train.micro_batches": 4}),
+    "data_shard 2, checkpointing": Mesh(processes=2, settings={"parallel.data_shard": 2, **FULL}),
+    "tensor 2": _mesh(2, tensor=2),
+    "tensor 2, sequence": _mesh(2, tensor=2, sequence=True),
+    "tensor 2, sequence, selective": Mesh(
+        processes=2, settings={"parallel.tensor": 2, "parallel.sequence": True, **SELECTIVE}
+    ),
+    "context 2": _mesh(2, context=2),
+    "pipeline 2, 1f1b": _mesh(2, pipeline=2),
+    "pipeline 2, gpipe": _mesh(2, pipeline=2, schedule={"kind": "gpipe"}),
+    "pipeline 2, interleaved": _mesh(2, pipeline=2, schedule={"kind": "interleaved"}),
+    "data_shard 4": _mesh(4, data_shard=4),
+    "tensor 4": _mesh(4, tensor=4),
+    "data_shard 2, tensor 2": _mesh(4, data_shard=2, tensor=2),
+    "data_shard 2, tensor 2, sequence, checkpointing": Mesh(
+        processes=4,
+        settings={"parallel.data_shard": 2, "parallel.tensor": 2, "parallel.sequence": True, **FULL},
+    ),
+    "pipeline 2, tensor 2": _mesh(4, pipeline=2, tensor=2),
+    "pipeline 2, tensor 2, sequence": _mesh(4, pipeline=2, tensor=2, sequence=True),
+    "pipeline 2, data_shard 2": _mesh(4, pipeline=2, data_shard=2),
+    "pipeline 4, 1f1b": Mesh(processes=4, settings={"parallel.pipeline": 4, "train.micro_batches": 4}),
+    "data_replicate 2, data_shard 2": _mesh(4, data_replicate=2, data_shard=2),
+    "context 2, tensor 2, sequence": _mesh(4, context=2, tensor=2, sequence=True),
+    "context 2, data_shard 2": _mesh(4, context=2, data_shard=2),
+}

@@ -1,0 +1,115 @@
+"""One process of a world that trains under several plans, one after the other. Requests come in as JSON lines, each
+answered with one: what the training told of itself.
+
+python -m tests.multi.worker RANK WORLD RENDEZVOUS_FILE
+"""
+
+import hashlib
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from archwright.compiler.distributed.gathering import Part, gather_all
+from archwright.spec import load
+from archwright.trainers.batches import IGNORED, Batch, Ids, training_batch
+from archwright.trainers.checkpoints import Progress
+from archwright.trainers.launch import World, check_world
+from archwright.trainers.loop import Trainer, accumulate, assemble_trainer
+from archwright.trainers.optimizer import clipping, make_optimizer
+from archwright.trainers.run_folder import Start
+from tests.multi.plans import BASE
+
+NUM_SAMPLES = 61
+
+
+class Patterns:
+    """Numbered samples with something to learn, of which every third has fewer targets and every fourth none at all.
+
+    Two neighbouring rows in eight have none: a rank of four then has nothing to learn from.
+    """
+
+    def __init__(self, vocab_size: int, length: int) -> None:
+        self._vocab_size, self._length = vocab_size, length
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def batch(self, numbers: Ids, epoch: int) -> Batch:
+        rows = [self._row(int(number)) for number in numbers]
+        return Batch(ids_BS=np.stack([ids for ids, _ in rows]), targets_BS=np.stack([targets for _, targets in rows]))
+
+    def _row(self, number: int) -> tuple[Ids, Ids]:
+        generator = np.random.Generator(np.random.Philox(key=number))
+        tokens = np.cumsum(generator.integers(1, 4, self._length + 1)) % self._vocab_size
+        targets = tokens[1:].copy()
+        if number % 3 == 0:
+            targets[: self._length // 2] = IGNORED
+        if number % 4 == 0:
+            targets[:] = IGNORED
+        return tokens[:-1], targets
+
+
+def run(overrides: dict[str, Any], steps: int, world: World, mutation: str | None) -> dict[str, Any]:
+    spec = load("preset:tiny", {**BASE, **overrides})
+    train = spec.train
+    assert train is not None
+    degrees = check_world(world, spec.parallel)
+    start = Start(checkpoint=None, progress=Progress(step=0, tokens=0, data_digest=""))
+    samples = Patterns(spec.model.vocab_size, train.sequence_length)
+    trainer = assemble_trainer(spec, train, samples, start, degrees, torch.device("cpu"))
+    # Lists of tensors, not one by one: what breaks where plain tensors and DTensors are mixed.
+    optimizer = make_optimizer(trainer.model, train.optimizer, foreach=True)
+    found: dict[str, Any] = {"losses": [], "norms": [], "initial": hashes(trainer)}
+    for step in range(steps):
+        batch = training_batch(samples, train.seed, step, train.batch_size, trainer.share)
+        loss, _ = accumulate(trainer, batch)
+        if step == 0:
+            found["gradients"] = parts(trainer, lambda name: trainer.model.parameters[name].grad)
+        norm, scale = clipping(trainer.model, train.clip_norm)
+        optimizer.step(1.0, scale)
+        found["norms"].append(norm.item())
+        found["losses"].append(loss.item())
+    found["final"] = parts(trainer, lambda name: trainer.model.parameters[name])
+    return found
+
+
+def full(trainer: Trainer, part: Part) -> dict[str, Any]:
+    """Full tensors by name, in the first process."""
+    names = list(trainer.model.plan.program.params())
+    return {name: whole.numpy() for name, whole in gather_all(trainer.model, part, names) if whole is not None}
+
+
+def hashes(trainer: Trainer) -> dict[str, str]:
+    tensors = full(trainer, lambda name: trainer.model.parameters[name])
+    return {name: hashlib.sha256(whole.tobytes()).hexdigest() for name, whole in tensors.items()}
+
+
+def parts(trainer: Trainer, part: Part) -> dict[str, list[float]]:
+    """Full tensors by name, flattened."""
+    return {name: whole.reshape(-1).tolist() for name, whole in full(trainer, part).items()}
+
+
+def main(rank: int, size: int, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    if size > 1:
+        store = dist.FileStore(rendezvous, size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+    world = World(rank=rank, size=size, local_rank=rank, local_size=size)
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer = run(request["overrides"], request["steps"], world, request.get("mutation"))
+        if rank == 0:
+            Path(request["answer"]).write_text(json.dumps(answer))
+        print("done", flush=True)
+    if size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
