@@ -1,12 +1,16 @@
 """What a forward keeps, against what autograd saves and against formulas worked out by hand."""
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from archwright.compiler.blocks import GroupedQueryAttention, Rope
+from archwright.compiler.distributed.checkpointing import checkpointing_of
 from archwright.compiler.interpreters import cross_entropy
 from archwright.compiler.interpreters.cost_ops import Shaped
 from archwright.compiler.interpreters.torch_module import TorchProgram
@@ -161,3 +165,57 @@ def test_the_cut_is_the_cheapest() -> None:
     assert cheapest_cut(inputs, [5, 5, 20, 3, 3], {0, 1}, {3, 4}) == {3, 4}
     assert cheapest_cut(inputs, [5, 5, 20, 3, 3], {0, 1}, {0, 3, 4}) == {0, 1}
     assert cheapest_cut(inputs, [5, 5, 20, 3, 3], {0, 1}, set()) == set()
+
+
+class Alive(TorchDispatchMode):
+    """Remembers every storage that an operation made, and says how many bytes of them are still there."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        """module: whose parameters do not count."""
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.others = {StorageWeakRef(parameter.untyped_storage()).cdata for parameter in module.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                storage = tensor.untyped_storage()
+                reference = StorageWeakRef(storage)
+                if reference.cdata not in self.others:
+                    self.made[reference.cdata] = reference, storage.nbytes()
+        return result
+
+    def count(self) -> int:
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+@pytest.mark.parametrize(
+    "recompute",
+    [NONE, FULL, SelectiveRecompute(kind="selective"), SelectiveRecompute(kind="selective", keep=("attention",))],
+    ids=["none", "full", "selective", "attention"],
+)
+@pytest.mark.parametrize(
+    "preset", [{}, {"model.layer.ffn": {"kind": "gelu", "hidden_size": 96}}], ids=["swiglu", "gelu"]
+)
+def test_checkpointing_keeps_what_stays_alive_in_torch(recompute: Recompute, preset: dict[str, Any]) -> None:
+    """Uncompiled: the bytes that two layers more leave after the forward, the loss still waiting for its backward."""
+    found: list[int] = []
+    for layers in (2, 4):
+        program = lower(load("preset:tiny", {"model.layers": layers, **preset}))
+        module = TorchProgram(program, TorchOps(dtype=torch.float32), dtype=torch.float32, device="cpu")
+        for parameter in module.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        for layer in module.layers():
+            layer.checkpointing = checkpointing_of(recompute)
+        ids_BS = torch.zeros(4, 64, dtype=torch.int64)
+        with Alive(module) as alive:
+            loss_sum, _ = module(ids_BS, ids_BS)
+            gc.collect()
+            found.append(alive.count())
+        del loss_sum
+    layer = layout_of(lower(load("preset:tiny", preset)), 64).traces[1]
+    planned = 4 * kept(layer, recompute, compiled=False, compute_bytes=4).kept_bytes
+    if recompute.kind == "none":
+        planned += 4 * 64 * 64 * 4  # the CPU's copy of attention's output
+    assert planned == pytest.approx((found[1] - found[0]) / 2, rel=0.03)
