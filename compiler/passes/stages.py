@@ -53,12 +53,16 @@ def _lightest(weights: Sequence[int], number: int) -> tuple[tuple[int, int], ...
         if parts == 1:
             return sums[-1] - sums[start], (len(weights),)
         first = start + (2 if start == 0 else 1)
-        choices = (
-            (max(sums[stop] - sums[start], rest), (stop, *ends))
-            for stop in range(first, len(weights) - parts + 2)
-            for rest, ends in [best(stop, parts - 1)]
-        )
-        return min(choices, key=lambda choice: choice[0])
+        choice: tuple[int, tuple[int, ...]] | None = None
+        for stop in range(first, len(weights) - parts + 2):
+            mine = sums[stop] - sums[start]
+            if choice is not None and mine >= choice[0]:
+                break  # a longer part is heavier still
+            rest, ends = best(stop, parts - 1)
+            if choice is None or max(mine, rest) < choice[0]:
+                choice = max(mine, rest), (stop, *ends)
+        assert choice is not None, "there are at least as many layers as parts"
+        return choice
 
     ends = best(0, number)[1]
     return tuple(zip((0, *ends[:-1]), ends, strict=True))

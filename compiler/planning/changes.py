@@ -9,7 +9,8 @@ from archwright.compiler.ir import Degrees
 from archwright.compiler.passes import degrees_of
 from archwright.compiler.planning.layout import Layouts
 from archwright.compiler.planning.machines import Cluster
-from archwright.compiler.planning.training import estimate
+from archwright.compiler.planning.memory import total_bytes
+from archwright.compiler.planning.training import estimate, memory_of
 from archwright.spec import ArchwrightError, Spec
 from archwright.spec.checks import RULES
 from archwright.spec.models import FullRecompute, SelectiveRecompute
@@ -114,9 +115,10 @@ class _Search:
         except ArchwrightError:
             return None
         cluster = replace(self._cluster, count=count)
-        found = estimate(layout, spec.parallel, train, cluster)
-        if not found.fits(cluster):
+        memory = memory_of(layout, spec.parallel, train, cluster)[1]
+        if max(map(total_bytes, memory)) > cluster.capacity_bytes:
             return None
+        found = estimate(layout, spec.parallel, train, cluster)
         assert found.time is not None
         return Change(
             settings={path: _text(value) for path, value in settings.items()},

@@ -9,7 +9,7 @@ from functools import cached_property
 from math import prod
 
 from archwright.compiler.blocks import GroupedQueryAttention
-from archwright.compiler.ir import Degrees, Param, Plan, Program, Split, Window
+from archwright.compiler.ir import Degrees, Param, Plan, Program, Site, Split, Window
 from archwright.compiler.passes import TRAINING_TABLE, partition
 from archwright.compiler.passes.stages import cut_stages
 from archwright.compiler.planning.tracing import SegmentTrace, trace
@@ -117,7 +117,7 @@ class Layouts:
         self._muon = muon
         self._few, self._kinds = distinct(program)
         self._stages: dict[int, tuple[tuple[int, int], ...]] = {}
-        self._placed: dict[Degrees, tuple[Plan, tuple[SegmentTrace, ...]]] = {}
+        self._placed: dict[Degrees, _Placed] = {}
         self._masked = _masked(self._few, sequence)
 
     def at(self, degrees: Degrees) -> Layout:
@@ -125,49 +125,52 @@ class Layouts:
         number = degrees.pipeline * degrees.stages_per_rank
         if number not in self._stages:
             self._stages[number] = cut_stages(self._program, number)
-        placed, traces = self._place(degrees)
-        head = placed.program.sites()["lm_head.weight"]
+        placed = self._place(degrees)
         return Layout(
             degrees=degrees,
             kinds=self._kinds,
             stages=self._stages[number],
-            traces=traces,
-            params=_params(placed, degrees, muon=self._muon),
-            tied=None if head.owner else head.name,
-            head=head.param,
+            traces=placed.traces,
+            params=tuple(
+                tuple(param_size(site.name, site.param, degrees, muon=self._muon) for site in kind)
+                for kind in placed.sites
+            ),
+            tied=None if placed.head.owner else placed.head.name,
+            head=placed.head.param,
             sequence=self._sequence,
             vocab_size=self._program.vocab_size,
             masked=self._masked,
         )
 
-    def _place(self, degrees: Degrees) -> tuple[Plan, tuple[SegmentTrace, ...]]:
+    def _place(self, degrees: Degrees) -> "_Placed":
         inner = Degrees(
             tensor=degrees.tensor, context=degrees.context, expert=degrees.expert, sequence=degrees.sequence
         )
         if inner not in self._placed:
             placed = partition(self._few, inner, TRAINING_TABLE)
-            traces = trace(placed.local, splits_of(placed), inner, self._sequence)
-            self._placed[inner] = placed, tuple(traces)
+            sites = placed.program.sites()
+            alone = (replace(placed.program, segments=(segment,)) for segment in placed.program.segments)
+            self._placed[inner] = _Placed(
+                traces=tuple(trace(placed.local, splits_of(placed), inner, self._sequence)),
+                sites=tuple(tuple(sites[place] for place in program.sites()) for program in alone),
+                head=sites["lm_head.weight"],
+            )
         return self._placed[inner]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Placed:
+    """One segment of each kind, cut over the axes that cut models. sites: the parameters that each reads."""
+
+    traces: tuple[SegmentTrace, ...]
+    sites: tuple[tuple[Site, ...], ...]
+    head: Site
 
 
 def _masked(program: Program, sequence: int) -> int:
     """Values of the masks of a forward: S² for each kind of window that hides something; causal ones are none."""
     masks = {block.mask for _, block in program.blocks() if isinstance(block, GroupedQueryAttention)}
     return sum(sequence**2 for mask in masks if isinstance(mask, Window) and mask.size < sequence)
-
-
-def _params(placed: Plan, degrees: Degrees, *, muon: bool) -> tuple[tuple[ParamSize, ...], ...]:
-    result: list[tuple[ParamSize, ...]] = []
-    for segment in placed.program.segments:
-        alone = replace(placed.program, segments=(segment,))
-        names = placed.program.sites()
-        result.append(
-            tuple(
-                param_size(names[place].name, site.param, degrees, muon=muon) for place, site in alone.sites().items()
-            )
-        )
-    return tuple(result)
 
 
 def param_size(name: str, param: Param, degrees: Degrees, *, muon: bool) -> ParamSize:

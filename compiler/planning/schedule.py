@@ -11,6 +11,7 @@ divide the P - 1 by v (Narayanan et al. 2021).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from archwright.compiler.schedules import Action, schedule
 
@@ -31,12 +32,13 @@ Order = Sequence[Action]
 """What one rank does, in order."""
 
 
-def orders(kind: str, ranks: int, micro_batches: int, stages_per_rank: int) -> list[Order]:
+@lru_cache(maxsize=16)
+def orders(kind: str, ranks: int, micro_batches: int, stages_per_rank: int) -> tuple[Order, ...]:
     """Of every rank, as training runs them."""
-    return [
+    return tuple(
         schedule(kind, ranks=ranks, stages_per_rank=stages_per_rank, micro_batches=micro_batches, rank=rank)
         for rank in range(ranks)
-    ]
+    )
 
 
 def simulate(

@@ -64,18 +64,26 @@ def schedule_of(parallel: Parallel, degrees: Degrees) -> str:
     return parallel.schedule.kind if degrees.pipeline > 1 else "1f1b"
 
 
+def memory_of(
+    layout: Layout, parallel: Parallel, train: Train, cluster: Cluster | None
+) -> tuple[tuple[Kept, ...], tuple[TrainingMemory, ...]]:
+    """What each kind of segment keeps, and the memory of each pipeline rank."""
+    compiled = train.compile is not False  # auto: on a GPU, and a plan is of GPUs
+    kept = kept_by_kind(layout, train, compiled=compiled)
+    memory = training_memory(
+        layout, train, kept, sequences=sequences_of(train, layout.degrees),
+        schedule=schedule_of(parallel, layout.degrees), constants=cluster.constants if cluster else None,
+    )  # fmt: skip
+    return kept, memory
+
+
 def estimate(layout: Layout, parallel: Parallel, train: Train, cluster: Cluster | None) -> Estimate:
     """Of training the model of a layout on its mesh."""
     degrees, muon = layout.degrees, train.optimizer.kind == "muon"
     compute, master = BYTES[train.precision], max(4, BYTES[train.precision])
-    compiled = train.compile is not False  # auto: on a GPU, and a plan is of GPUs
-    kept, sequences, schedule = (
-        kept_by_kind(layout, train, compiled=compiled), sequences_of(train, degrees), schedule_of(parallel, degrees)
-    )  # fmt: skip
-    memory = training_memory(
-        layout, train, kept, sequences=sequences, schedule=schedule,
-        constants=cluster.constants if cluster else None,
-    )  # fmt: skip
+    compiled, sequences = train.compile is not False, sequences_of(train, degrees)
+    schedule = schedule_of(parallel, degrees)
+    kept, memory = memory_of(layout, parallel, train, cluster)
     every = tuple(states(layout, rank, master) for rank in range(degrees.pipeline))
     if cluster is None:
         time = bound_s = flops = moved = None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from archwright.compiler.planning import machines
 from archwright.compiler.planning.constants import DEFAULTS, TABLE
 from archwright.compiler.planning.machine_file import read_machines
 from archwright.compiler.planning.machines import GPUS, parse_cluster
@@ -63,3 +64,9 @@ def test_faults_of_a_file_are_located(folder: Path, change: tuple[str, str], pla
         read_machines(Path("machines.yaml"))
     text = str(caught.value)
     assert "PLAN003" in text and told in text and f"machines.yaml:{place}" in text
+
+
+def test_every_constant_is_used() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in Path(machines.__file__).parent.glob("*.py")]
+    uses = "\n".join(text for text in sources if "TABLE: Mapping" not in text)
+    assert all(f'"{name}"' in uses for name in TABLE), [name for name in TABLE if f'"{name}"' not in uses]
