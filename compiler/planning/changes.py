@@ -13,7 +13,7 @@ from archwright.compiler.planning.memory import total_bytes
 from archwright.compiler.planning.training import estimate, memory_of
 from archwright.spec import ArchwrightError, Spec
 from archwright.spec.checks import RULES
-from archwright.spec.models import FullRecompute, SelectiveRecompute
+from archwright.spec.models import FullRecompute, Node, SelectiveRecompute
 
 Settings = dict[str, Any]
 """Path below the spec → value, `parallel.tensor` → 4."""
@@ -69,6 +69,7 @@ def _single(spec: Spec, degrees: Degrees) -> Iterator[Settings]:
     if train.activation_checkpointing.kind == "none":
         yield {"train.activation_checkpointing": SelectiveRecompute(kind="selective")}
     if train.activation_checkpointing.kind != "full":
+        yield {"train.activation_checkpointing": SelectiveRecompute(kind="selective", keep=("attention",))}
         yield {"train.activation_checkpointing": FullRecompute(kind="full")}
     if degrees.tensor > 1 and not degrees.sequence:
         yield {"parallel.sequence": True}
@@ -167,4 +168,11 @@ def with_settings(spec: Spec, settings: Settings) -> Spec:
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{{kind: {value.kind}}}" if hasattr(value, "kind") else str(value)
+    if isinstance(value, Node):
+        given = {name: each for name, each in value.model_dump(mode="json").items() if name in value.model_fields_set}
+        return "{" + ", ".join(f"{name}: {_flow(each)}" for name, each in given.items()) + "}"
+    return str(value)
+
+
+def _flow(value: Any) -> str:
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
