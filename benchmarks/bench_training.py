@@ -135,7 +135,7 @@ def planned(chosen: argparse.Namespace, world: World, device: torch.device) -> t
     machine = chosen.machine or next((name for name in GPUS if name in found), "H100")
     gpus = f"{world.size}x{machine}"
     # A data rank's batch is given; the whole one depends on the degrees, which any batch for `world.size` tells.
-    degrees = check_world(world, make_spec(chosen, device, world.size).parallel)
+    degrees = check_world(world, make_spec(chosen, device, world.size))
     spec = make_spec(chosen, device, degrees.data)
     return spec, plan(spec, gpus=gpus)
 

@@ -55,27 +55,26 @@ class Patterns:
         return tokens[:-1], targets
 
 
-def run(overrides: dict[str, Any], steps: int, world: World, mutation: str | None) -> dict[str, Any]:
+def run(overrides: dict[str, Any], steps: int, world: World) -> dict[str, Any]:
     spec = load("preset:tiny", {**BASE, **overrides})
     train = spec.train
     assert train is not None
-    degrees = check_world(world, spec.parallel)
+    degrees = check_world(world, spec)
     start = Start(checkpoint=None, progress=Progress(step=0, tokens=0, data_digest=""))
     samples = Patterns(spec.model.vocab_size, train.sequence_length)
     trainer = assemble_trainer(spec, train, samples, start, degrees, torch.device("cpu"))
     # Lists of tensors, not one by one: what breaks where plain tensors and DTensors are mixed.
     optimizer = make_optimizer(trainer.model, train.optimizer, foreach=True)
-    found: dict[str, Any] = {"losses": [], "norms": [], "initial": hashes(trainer)}
+    found: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "initial": hashes(trainer)}
     for step in range(steps):
         batch = training_batch(samples, train.seed, step, train.batch_size, trainer.share)
         loss, _ = accumulate(trainer, batch)
-        if step == 0:
-            found["gradients"] = parts(trainer, lambda name: trainer.model.parameters[name].grad)
+        if step in (0, steps - 1):
+            found["gradients"].append(parts(trainer, lambda name: trainer.model.parameters[name].grad))
         norm, scale = clipping(trainer.model, train.clip_norm)
         optimizer.step(1.0, scale)
         found["norms"].append(norm.item())
         found["losses"].append(loss.item())
-    found["final"] = parts(trainer, lambda name: trainer.model.parameters[name])
     return found
 
 
@@ -103,7 +102,7 @@ def main(rank: int, size: int, rendezvous: str) -> None:
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = run(request["overrides"], request["steps"], world, request.get("mutation"))
+        answer = run(request["overrides"], request["steps"], world)
         if rank == 0:
             Path(request["answer"]).write_text(json.dumps(answer))
         print("done", flush=True)
