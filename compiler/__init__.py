@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from archwright.compiler.exporting import export_graphs
     from archwright.compiler.module import compile_module
-    from archwright.compiler.planner import plan
+    from archwright.compiler.planning.planner import plan
 
 _LAZY = {
     "compile_module": "archwright.compiler.module",
     "export_graphs": "archwright.compiler.exporting",
-    "plan": "archwright.compiler.planner",
+    "plan": "archwright.compiler.planning.planner",
 }
 
 __all__ = ["compile_module", "export_graphs", "plan"]

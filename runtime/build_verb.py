@@ -13,6 +13,7 @@ def build(arguments: list[str]) -> int:
     args.add_argument("source", metavar="MODEL_OR_RUN_OR_SPEC", help="a spec needs --set build.weights.kind=generated")
     args.add_argument("--to", choices=("onnx", "engine"), required=True, help="graphs alone, or engines beside them")
     args.add_argument("-o", dest="out", metavar="OUT", type=Path, required=True, help="the artifact folder to write")
+    args.add_argument("--plan", type=Path, metavar="FILE", help="refuse to build what this plan was not made for")
     add_set(args)
     add_output_format(args, ("text", "json"))
     chosen = args.parse_args(arguments)
@@ -24,6 +25,7 @@ def build(arguments: list[str]) -> int:
         chosen.to,
         chosen.overrides,
         lambda message: print(f"build: {message}", file=sys.stderr, flush=True),
+        chosen.plan,
     )
     print(json.dumps(report.as_json(), indent=2) if chosen.output_format == "json" else report.as_text())
     print(f"build: wrote {chosen.out}", file=sys.stderr)

@@ -11,7 +11,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-from archwright.compiler.passes import lower
+from archwright.compiler.passes import degrees_of, lower
+from archwright.compiler.planning import check_plan
 from archwright.compiler.targets.network_check import planned_network
 from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
@@ -48,11 +49,13 @@ def build(
     to: To = "onnx",
     overrides: Mapping[str, object] | None = None,
     progress: Progress = lambda message: None,
+    plan: Path | None = None,
 ) -> Report:
     """Write the artifact folder `out`, and return what its checks found (all passed).
 
     source: a run (its newest checkpoint), a model folder, or a spec file or preset with build.weights.kind=generated.
     to: onnx, or engine for TensorRT engines beside the graphs. overrides: of the spec's `build` section.
+    plan: a file of `archwright plan -o`, refused (PLAN005) where it was made for something else.
     Graphs and weights of equal inputs are byte-equal.
     Raises ArchwrightError BUILD001 to BUILD006 where it cannot be built, VERIFY010 where a check fails; then, and
     where it is interrupted, there is no `out`.
@@ -64,6 +67,8 @@ def build(
     load_onnxruntime()
     tensorrt = load_tensorrt() if to == "engine" else None
     opened = _open_source(source, overrides or {})
+    if plan is not None:
+        check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     with atomic_folder(out) as folder:
         start = time.perf_counter()
         artifact = Artifact(folder, _artifact_spec(opened.spec))

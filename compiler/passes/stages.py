@@ -1,6 +1,7 @@
 """Program → pipeline stages: neighbouring segments that take about as long as those of every other stage."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 
 from archwright.compiler.interpreters.cost_ops import run_cost
@@ -28,9 +29,13 @@ def cut_stages(program: Program, number: int) -> tuple[tuple[int, int], ...]:
 
 
 def _weights(program: Program) -> list[int]:
-    """FLOPs of each segment."""
-    cost = run_cost(program, batch=1, sequence=min(program.max_positions, NOMINAL_SEQUENCE), targets=True)
-    return [cost.of(segment).causal_flops for segment in program.segments]
+    """FLOPs of each segment. Equal segments are counted once."""
+    few = {segment.block: segment for segment in reversed(program.segments)}
+    sequence = min(program.max_positions, NOMINAL_SEQUENCE)
+    chosen = replace(program, segments=tuple(reversed(few.values())))
+    cost = run_cost(chosen, batch=1, sequence=sequence, targets=True)
+    flops = {block: cost.of(segment).causal_flops for block, segment in few.items()}
+    return [flops[segment.block] for segment in program.segments]
 
 
 def _lightest(weights: Sequence[int], number: int) -> tuple[tuple[int, int], ...]:

@@ -29,7 +29,45 @@ def test_text_shows_the_memory_of_a_rank(capsys: pytest.CaptureFixture[str]) -> 
     text = capsys.readouterr().out
     assert "llama3.1-8b: inference, tensor 2, 256 replicas" in text
     assert "8,030,261,248; 4,540,600,320 on each rank" in text
-    assert "weights              9.081 GB  █████" in text
+    assert "weights                    9.081 GB  ████" in text
+
+
+TRAIN_8B = "train={kind: pretrain, precision: bfloat16, batch_size: 1024, micro_batches: 4, sequence_length: 8192}"
+TRAIN_405B = (
+    "train={kind: pretrain, precision: bfloat16, batch_size: 512, micro_batches: 64, sequence_length: 8192, "
+    "activation_checkpointing: {kind: selective, keep: [attention]}}"
+)
+GOLDEN = {
+    "inference_8b": ["preset:llama3.1-8b", "build.precision=bfloat16", "build.parallel.tensor=2"],
+    "training_8b": ["preset:llama3.1-8b", TRAIN_8B, "parallel={tensor: 2, sequence: true}"],
+    "training_405b": ["preset:llama3.1-405b", TRAIN_405B, "parallel={tensor: 8, pipeline: 16, sequence: true}"],
+    "too_large_405b": ["preset:llama3.1-405b", TRAIN_405B, "parallel.tensor=8", "train.micro_batches=2"],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_plans_of_512_gpus(name: str, capsys: pytest.CaptureFixture[str], golden: Callable[[str, str], None]) -> None:
+    """The text, and the JSON with one rank of each pipeline position."""
+    spec, *settings = GOLDEN[name]
+    arguments = ["plan", spec, "--gpus", "512xH100", *(word for each in settings for word in ("--set", each))]
+    status = main(arguments)
+    text = capsys.readouterr().out
+    assert main([*arguments, "--output-format", "json"]) == status == (1 if name == "too_large_405b" else 0)
+    content = json.loads(capsys.readouterr().out)
+    ranks = content["memory"]["per_rank"]
+    assert [rank["rank"] for rank in ranks] == list(range(2 if name == "inference_8b" else 512))
+    content["memory"]["per_rank"] = list({rank["pipeline"]: rank for rank in ranks}.values())
+    del content["constants"]  # a table of their own
+    golden(f"plan_{name}.txt", f"{text}\n{json.dumps(_rounded(content), indent=1)}\n")
+
+
+def _rounded(value: object) -> object:
+    """Six digits: the last ones depend on the order of sums."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def test_errors_are_the_users(capsys: pytest.CaptureFixture[str]) -> None:

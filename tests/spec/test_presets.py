@@ -8,7 +8,13 @@ from archwright.spec.merge import preset_names
 from archwright.spec.models import Spec
 from archwright.spec.parameters import num_parameters
 
-PARAMETERS = {"tiny": 125_248, "llama3.2-1b": 1_235_814_400, "llama3.1-8b": 8_030_261_248}
+PARAMETERS = {
+    "tiny": 125_248,
+    "llama3.2-1b": 1_235_814_400,
+    "llama3.1-8b": 8_030_261_248,
+    "llama3.1-70b": 70_553_706_496,
+    "llama3.1-405b": 405_853_388_800,
+}
 
 
 @pytest.mark.parametrize("name", preset_names())

@@ -1,0 +1,276 @@
+"""How long a training step takes: work and communication of each stage, the pipeline's schedule, the optimizer.
+
+In a pipeline FSDP gathers a stage in its first forward and reduces in its last backward; otherwise every micro-batch
+does both. What overlaps: FSDP gathers the next layer's weights and reduces the last one's gradients while a layer
+computes (prefetch of one); what is longer than the computation beside it is exposed, and so are the first gather and
+the last reduction. Collectives of the axes `tensor`, `context` and `expert` stand between operations and overlap
+nothing. Hand-offs between stages delay the receiver only.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from archwright.compiler.planning.kept import Kept
+from archwright.compiler.planning.layout import Layout, ParamSize
+from archwright.compiler.planning.rings import Group, collective_s, groups, send_s, sent_bytes
+from archwright.compiler.planning.schedule import Task, alive, orders, simulate
+from archwright.compiler.planning.work import Setting, Work, segment_work
+
+_MOST_MICRO_BATCHES = 8
+"""Times `pipeline` that are simulated; each one more takes as long as the slowest rank needs for it."""
+
+
+@dataclass(kw_only=True)
+class Exchange:
+    """Of one axis, on one rank, in a step. total_s: by itself; exposed_s: what nothing overlaps."""
+
+    bytes: float = 0
+    total_s: float = 0
+    exposed_s: float = 0
+
+    def add(self, times: float, bytes_: float, total_s: float, exposed_s: float) -> None:
+        self.bytes += times * bytes_
+        self.total_s += times * total_s
+        self.exposed_s += times * exposed_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTime:
+    """Of one micro-batch. exchanges: by axis. once_s, once: what a step does once."""
+
+    forward_s: float
+    backward_s: float
+    work: tuple[Work, ...]
+    exchanges: Mapping[str, Exchange]
+    once_s: float
+    once: Mapping[str, Exchange]
+
+    @property
+    def total_s(self) -> float:
+        return self.forward_s + self.backward_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """step_s: expected. bubble: part of the pipeline's time in which the busiest rank waits.
+
+    exchanges: by axis, of the rank that communicates most on it. tasks: the simulated schedule.
+    """
+
+    step_s: float
+    pipeline_s: float
+    optimizer_s: float
+    bubble: float
+    exchanges: Mapping[str, Exchange]
+    stages: tuple[StageTime, ...]
+    tasks: tuple[Task, ...] = field(repr=False, default=())
+
+
+def step_time(
+    layout: Layout, kept: tuple[Kept, ...], setting: Setting, *, micro_batches: int, schedule: str, muon: bool
+) -> StepTime:
+    degrees, cluster = layout.degrees, setting.cluster
+    works = [segment_work(layout, kind, kept[kind], setting) for kind in range(len(layout.traces))]
+    times: dict[tuple[int, ...], StageTime] = {}  # stages of the same kinds take the same time
+    for stage in range(len(layout.stages)):
+        kinds = layout.segments(stage)
+        if kinds not in times:
+            times[kinds] = _stage_time(layout, kinds, works, kept, setting)
+    stages = [times[layout.segments(stage)] for stage in range(len(layout.stages))]
+    group = groups(degrees)["pipeline"]
+    hand_off = _hand_off_bytes(layout, setting)
+    simulated = min(micro_batches, _MOST_MICRO_BATCHES * degrees.pipeline)
+    plans = orders(schedule, degrees.pipeline, simulated, degrees.stages_per_rank)
+    delay_s = send_s(hand_off, group, cluster)
+    tasks = simulate(plans, [each.forward_s for each in stages], [each.backward_s for each in stages], delay_s)
+    busy = [sum(stages[stage].total_s for stage in layout.rank_stages(rank)) for rank in range(degrees.pipeline)]
+    makespan = max(task.stop_s for task in tasks) + max(
+        sum(stages[stage].once_s for stage in layout.rank_stages(rank)) for rank in range(degrees.pipeline)
+    )
+    pipeline_s = makespan + (micro_batches - simulated) * max(busy)
+    exchanges = _exchanges(layout, stages, micro_batches)
+    if degrees.pipeline > 1:
+        exchanges["pipeline"].add(2 * micro_batches * degrees.stages_per_rank, hand_off, delay_s, 0)
+    optimizer_s = _once_a_step(layout, setting, exchanges, muon=muon)
+    return StepTime(
+        step_s=pipeline_s + optimizer_s + cluster.constants["step_overhead_s"],
+        pipeline_s=pipeline_s,
+        optimizer_s=optimizer_s,
+        bubble=1 - micro_batches * max(busy) / pipeline_s,
+        exchanges=exchanges,
+        stages=tuple(stages),
+        tasks=tuple(tasks),
+    )
+
+
+def _stage_time(
+    layout: Layout, kinds: tuple[int, ...], works: list[Work], kept: tuple[Kept, ...], setting: Setting
+) -> StageTime:
+    exchanges: dict[str, Exchange] = defaultdict(Exchange)
+    forward = [works[kind].forward_s + _blocking(layout, kind, setting, exchanges, "forward") for kind in kinds]
+    backward = [works[kind].backward_s + _blocking(layout, kind, setting, exchanges, "backward") for kind in kinds]
+    for position, kind in enumerate(kinds):
+        if kept[kind].again:  # what is computed again is exchanged again
+            backward[position] += _blocking(layout, kind, setting, exchanges, "again", kept[kind])
+    forward_s, backward_s, once_s = sum(forward), sum(backward), 0.0
+    once: dict[str, Exchange] = defaultdict(Exchange)
+    if layout.is_sharded:
+        found = once if layout.gathers_once else exchanges
+        more = _sharding(layout, kinds, forward, backward, setting, found)
+        if layout.gathers_once:
+            once_s = sum(more)
+        else:
+            forward_s, backward_s = forward_s + more[0], backward_s + more[1]
+    return StageTime(
+        forward_s=forward_s, backward_s=backward_s, work=tuple(works[kind] for kind in kinds), exchanges=exchanges,
+        once_s=once_s, once=once,
+    )  # fmt: skip
+
+
+def _blocking(
+    layout: Layout, kind: int, setting: Setting, exchanges: dict[str, Exchange], direction: str,
+    kept: Kept | None = None,
+) -> float:  # fmt: skip
+    """Seconds of the collectives inside a segment.
+
+    direction: forward, backward, or again: those of a forward that is repeated. Where products are kept, so are the
+    sums of them over ranks.
+    """
+    total_s, found = 0.0, groups(layout.degrees)
+    trace = layout.traces[kind]
+    sums_again = kept is not None and any(trace.nodes[index].op == "linear" for index in kept.again)
+    for each in trace.collectives:
+        if direction == "again" and each.kind != "all_gather" and not sums_again:
+            continue
+        if each.backward == (direction == "backward"):
+            group, size = found[each.mesh_axis], each.elements * setting.sequences * setting.compute_bytes
+            seconds = collective_s(each.kind, size, group, setting.cluster)
+            exchanges[each.mesh_axis].add(1, sent_bytes(each.kind, size, group.degree), seconds, seconds)
+            total_s += seconds
+    return total_s
+
+
+def _sharding(
+    layout: Layout, kinds: tuple[int, ...], forward: list[float], backward: list[float], setting: Setting,
+    exchanges: dict[str, Exchange],
+) -> tuple[float, float]:  # fmt: skip
+    """Exposed seconds of FSDP in forward and backward.
+
+    Forward: the gather of segment i + 1 runs beside segment i. Backward, from the last segment: beside segment i run
+    the gather of i - 1 (not of the head and the embedding, which are kept) and the reduction of i + 1.
+    """
+    gathers, reduces = [], []
+    ends = {layout.kinds[0], layout.kinds[-1]}
+    for kind in kinds:
+        again = kind not in ends and not layout.gathers_once
+        gather, reduce = _gather_and_reduce(layout.groups[kind], layout, setting, exchanges, again=again)
+        gathers.append(gather)
+        reduces.append(reduce)
+    last = len(kinds) - 1
+    ahead = [*gathers[1:], 0.0]
+    exposed_forward = gathers[0] + sum(max(0.0, ahead[i] - forward[i]) for i in range(last + 1))
+    exposed_backward = reduces[0]
+    for i in range(last, -1, -1):
+        gathered = i and kinds[i - 1] not in ends and not layout.gathers_once
+        beside = (gathers[i - 1] if gathered else 0.0) + (reduces[i + 1] if i < last else 0.0)
+        exposed_backward += max(0.0, beside - backward[i])
+    exchanges["data_shard"].exposed_s += exposed_forward + exposed_backward
+    return exposed_forward, exposed_backward
+
+
+def _gather_and_reduce(
+    params: tuple[ParamSize, ...], layout: Layout, setting: Setting, exchanges: dict[str, Exchange], *, again: bool
+) -> tuple[float, float]:
+    """Seconds of an all-gather in the computation's dtype, and of a reduce-scatter in float32 or wider; copies over
+    `data_replicate` then add up what they have of the result."""
+    found, cluster, wide = groups(layout.degrees), setting.cluster, setting.master_bytes
+    gather_s = reduce_s = 0.0
+    for name, is_expert in (("shard", False), ("expert_shard", True)):
+        size = sum(each.unsharded for each in params if each.expert == is_expert)
+        if not size:
+            continue
+        group = found[name]
+        narrow, copies = size * setting.compute_bytes, found["data_replicate"]
+        for kind, bytes_, ranks, times in (
+            ("all_gather", narrow, group, 2 if again else 1),
+            ("reduce_scatter", size * wide, group, 1),
+            ("all_reduce", size * wide / group.degree, copies, 1),
+        ):
+            seconds = collective_s(kind, bytes_, ranks, cluster)
+            exchanges[ranks.axis].add(times, sent_bytes(kind, bytes_, ranks.degree), seconds, 0)
+            if kind == "all_gather":
+                gather_s += seconds
+            else:
+                reduce_s += seconds
+    return gather_s, reduce_s
+
+
+def _hand_off_bytes(layout: Layout, setting: Setting) -> float:
+    """[b, S / (context · tensor where tokens are spread), D] in the computation's dtype: what a layer hands on."""
+    layer = layout.traces[layout.kinds[1]]
+    return layer.nodes[layer.output].elements * setting.sequences * setting.compute_bytes
+
+
+def _exchanges(layout: Layout, stages: list[StageTime], micro_batches: int) -> dict[str, Exchange]:
+    result: dict[str, Exchange] = defaultdict(Exchange)
+    for rank in range(layout.degrees.pipeline):
+        mine: dict[str, Exchange] = defaultdict(Exchange)
+        for stage in layout.rank_stages(rank):
+            for axis, each in stages[stage].exchanges.items():
+                mine[axis].add(micro_batches, each.bytes, each.total_s, each.exposed_s)
+            for axis, each in stages[stage].once.items():
+                mine[axis].add(1, each.bytes, each.total_s, each.exposed_s)
+        for axis, each in mine.items():
+            if each.bytes >= result[axis].bytes:
+                result[axis] = each
+    return result
+
+
+def _once_a_step(layout: Layout, setting: Setting, exchanges: dict[str, Exchange], *, muon: bool) -> float:
+    """Optimizer pass; gradients of parameters that tensor ranks read in pieces, and of a matrix that stages share."""
+    found, cluster, wide = groups(layout.degrees), setting.cluster, setting.master_bytes
+    stages = range(len(layout.stages))
+    per_rank = [
+        [each for stage in layout.rank_stages(rank) for each in layout.stage_params(stage)]
+        for rank in range(layout.degrees.pipeline)
+    ]
+    stored = max(sum(each.stored for each in params) for params in per_rank)
+    seconds = stored * cluster.constants["optimizer_bytes"] * wide / 4 / setting.bytes_per_s
+    partial = max(sum(each.stored for each in params if each.partial) for params in per_rank) * wide
+    if partial:
+        partial_s = collective_s("all_reduce", partial, found["tensor"], cluster)
+        exchanges["tensor"].add(1, sent_bytes("all_reduce", partial, found["tensor"].degree), partial_s, partial_s)
+        seconds += partial_s
+    if layout.tied and len(stages) > 1:
+        size = next(each.stored for each in layout.params[layout.kinds[0]] if each.name == layout.tied) * wide
+        pair = Group(axis="pipeline", degree=2, stride=found["pipeline"].stride * (layout.degrees.pipeline - 1))
+        shared_s = collective_s("all_reduce", size, pair, cluster)
+        exchanges["pipeline"].add(1, sent_bytes("all_reduce", size, 2), shared_s, shared_s)
+        seconds += shared_s
+    return seconds + (_muon_s(per_rank, layout, setting, exchanges) if muon else 0.0)
+
+
+def _muon_s(per_rank: list[list[ParamSize]], layout: Layout, setting: Setting, exchanges: dict[str, Exchange]) -> float:
+    """Every rank gathers each matrix's update and makes the whole of it orthogonal: 5 iterations on r x c, r ≤ c, of
+    2r²c + 2r³ + 2r²c FLOPs (Jordan et al. 2024)."""
+    group, worst = groups(layout.degrees)["shard"], 0.0
+    for params in per_rank:
+        flops, size = 0.0, 0
+        for each in params:
+            if each.states == 1:
+                short, long = sorted(each.shape[:2])
+                flops += 5 * (4 * short**2 * long + 2 * short**3)
+                size += each.unsharded
+        rate = setting.peak_flops_per_s * setting.cluster.constants["matmul_fraction"]
+        gather_s = collective_s("all_gather", size * setting.master_bytes, group, setting.cluster)
+        worst = max(worst, flops / rate + gather_s)
+    return worst
+
+
+def most_alive(layout: Layout, held: list[float], *, micro_batches: int, schedule: str) -> list[tuple[float, bool]]:
+    """For each pipeline rank: see `alive`. held: bytes of each stage's forward."""
+    degrees = layout.degrees
+    simulated = min(micro_batches, _MOST_MICRO_BATCHES * degrees.pipeline) if schedule != "gpipe" else micro_batches
+    plans = orders(schedule, degrees.pipeline, simulated, degrees.stages_per_rank)
+    return [alive(order, held) for order in plans]
