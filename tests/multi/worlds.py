@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[2]
 class World:
     """`size` processes; see `tests/multi/worker.py`."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, device: str) -> None:
         self._answer = folder / f"answer-{size}.json"
         command = [sys.executable, "-m", "tests.multi.worker"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         self._processes = [
             subprocess.Popen(
-                [*command, str(rank), str(size), str(folder / f"rendezvous-{size}")],
+                [*command, str(rank), str(size), str(folder / f"rendezvous-{size}"), device],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment, text=True,
             )
             for rank in range(size)
@@ -48,8 +48,8 @@ class World:
 class Worlds:
     """Worlds by their number of processes, started when they are first needed, at most one at a time."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
         self._size, self._world = 0, None
         self._known: dict[tuple[str, str, int], dict[str, Any]] = {}
 
@@ -65,7 +65,7 @@ class Worlds:
     def _of(self, size: int) -> World:
         if self._world is None or self._size != size:
             self.close()
-            self._size, self._world = size, World(size, self._folder)
+            self._size, self._world = size, World(size, self._folder, self._device)
         return self._world
 
     def close(self) -> None:
