@@ -125,8 +125,29 @@ def measure(chosen: argparse.Namespace, world: World, device: torch.device) -> d
                 record[contestant.name]["profile"] = profile(contestant.step, device)
             except RuntimeError as error:  # the profiler needs counters that not every machine gives
                 record[contestant.name]["profile"] = {"error": str(error)}
+    if chosen.mode == "archwright":
+        record["run"] = as_run(chosen, spec, report, world, timings[0])
     record["plan"] = report.to_json() | {"memory_of_a_rank_bytes": total_bytes(report.memory[0])}
     return record
+
+
+def as_run(chosen: argparse.Namespace, spec: Spec, report: PlanReport, world: World, timing: Timing) -> dict[str, Any]:
+    """The line that `fit_plan.py` reads: what was run, the slowest rank's step and the fullest rank's memory."""
+    assert report.cluster is not None
+    ranks = timing.ranks or [timing.own]
+    memory = {
+        name: max(rank[found] for rank in ranks)
+        for name, found in (("peak_allocated_bytes", "peak_allocated_bytes"), ("peak_device_bytes", "device_bytes"))
+        if found in ranks[0]
+    }
+    return {
+        "name": chosen.label or spec.name,
+        "spec": f"preset:{chosen.preset or spec.name}",
+        "set": {"train": spec.train.model_dump(mode="json") if spec.train else None, **chosen.overrides},
+        "gpus": f"{world.size}x{report.cluster.name}",
+        "step_s": max(rank["median_step_s"] for rank in ranks),
+        **memory,
+    }
 
 
 def planned(chosen: argparse.Namespace, world: World, device: torch.device) -> tuple[Spec, PlanReport]:
@@ -135,7 +156,7 @@ def planned(chosen: argparse.Namespace, world: World, device: torch.device) -> t
     machine = chosen.machine or next((name for name in GPUS if name in found), "H100")
     gpus = f"{world.size}x{machine}"
     # A data rank's batch is given; the whole one depends on the degrees, which any batch for `world.size` tells.
-    degrees = check_world(world, make_spec(chosen, device, world.size).parallel)
+    degrees = check_world(world, make_spec(chosen, device, world.size))
     spec = make_spec(chosen, device, degrees.data)
     return spec, plan(spec, gpus=gpus)
 

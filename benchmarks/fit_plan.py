@@ -67,6 +67,7 @@ class Run:
 
 def read_run(line: str) -> Run:
     given: dict[str, Any] = json.loads(line)
+    given = given.get("run", given)  # a whole record of bench_training.py will do
     spec, cluster = load(given["spec"], given.get("set", {})), parse_cluster(given["gpus"])
     assert spec.train is not None, "a measured run trains"
     layouts = Layouts(

@@ -56,12 +56,19 @@ def reset_peaks(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def in_use(device: torch.device) -> int:
+    """What the driver says is taken of the device's memory, by whatever process."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
 def peaks(device: torch.device) -> dict[str, int]:
     """Largest bytes since the last reset: in tensors, and taken from the device. On a CPU of the process, ever."""
     if device.type == "cuda":
         return {
             "peak_allocated_bytes": torch.cuda.max_memory_allocated(device),
             "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+            "device_bytes": in_use(device),
         }
     return {"peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10}
 

@@ -6,7 +6,7 @@ A rule is a generator of `Finding`s, listed in `RULES`; `check` places the findi
 from collections.abc import Callable, Iterator
 
 from archwright.spec.diagnostics import span_of
-from archwright.spec.errors import Diagnostic
+from archwright.spec.errors import ArchwrightError, Diagnostic
 from archwright.spec.findings import Finding, divisors, layers, nearest
 from archwright.spec.mesh_checks import MESH_RULES
 from archwright.spec.models import Llama3Scaling, Range, SentencePieceTokenizer, Spec
@@ -25,6 +25,16 @@ def check(spec: Spec, tree: MapNode, *, ignore: tuple[Path, ...] = ()) -> list[D
 
     findings = [finding for rule in RULES for finding in rule(spec)]
     return [_place(finding, tree) for finding in findings if not is_ignored(finding)]
+
+
+def check_values(spec: Spec) -> None:
+    """For a spec that was changed after it was loaded, as where `auto` has become a number.
+
+    Raises ArchwrightError with the first broken rule.
+    """
+    for rule in RULES:
+        for finding in rule(spec):
+            raise ArchwrightError(finding.code, finding.message, where=finding.path, help=finding.help)
 
 
 def _place(finding: Finding, tree: MapNode) -> Diagnostic:

@@ -13,8 +13,8 @@ from typing import Any
 
 from archwright.compiler.ir import Degrees
 from archwright.compiler.passes import degrees_of
-from archwright.spec import ArchwrightError
-from archwright.spec.models import Parallel
+from archwright.spec import ArchwrightError, Spec
+from archwright.spec.checks import check_values
 
 _LOCAL = "ARCHWRIGHT_LOCAL_WORKER"
 _GRACE_S = 10.0
@@ -50,18 +50,23 @@ def world_of(environment: Mapping[str, str]) -> World | None:
     )
 
 
-def check_world(world: World, parallel: Parallel) -> Degrees:
-    """The mesh that `world` makes. Raises ArchwrightError TRAIN007 where the degrees do not multiply to its size."""
+def check_world(world: World, spec: Spec) -> Degrees:
+    """The mesh that `world` makes.
+
+    Raises ArchwrightError TRAIN007 where the degrees do not multiply to its size, and a rule's code (SPEC0nn) where
+    the degree that `auto` becomes breaks it.
+    """
+    parallel = spec.parallel
     degrees = degrees_of(parallel, world.size)
+    autos = {axis: degree for axis, degree in degrees.sizes.items() if getattr(parallel, axis) == "auto"}
     if degrees.world == world.size:
+        check_values(spec.model_copy(update={"parallel": parallel.model_copy(update=autos)}))
         return degrees
-    autos = [axis for axis in degrees.sizes if getattr(parallel, axis) == "auto"]
     least = degrees_of(parallel).world
-    need = f"a multiple of {least}" if autos else f"{least}"
     near = max(1, world.size // least) * least if autos else least
     raise ArchwrightError(
         "TRAIN007",
-        f"{world.size} processes were started, `parallel` needs {need}",
+        f"{world.size} processes were started, `parallel` needs {'a multiple of ' if autos else ''}{least}",
         where="parallel",
         help=f"start torchrun with --nproc-per-node {near}, or run `archwright train` without torchrun",
     )

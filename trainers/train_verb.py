@@ -28,7 +28,7 @@ def train(arguments: list[str]) -> int:
         return run_workers(degrees.world, ["train", *arguments], os.environ)
     watch_parent(os.environ)
     world = world or World()
-    check_world(world, spec.parallel)
+    check_world(world, spec)
     from archwright.trainers.training import train_in_world  # here, so that --help and the launcher load no torch
 
     train_in_world(spec, chosen.output, world, resume=chosen.resume)

@@ -16,7 +16,7 @@ BASE: Overrides = {
     "train.micro_batches": 2,
     "train.precision": "float64",
     "train.clip_norm": 0.5,
-    "train.optimizer.learning_rate": 1e-2,
+    "train.optimizer.learning_rate": 3e-3,
 }
 MODELS: dict[str, Overrides] = {
     "tied": {},
@@ -79,3 +79,24 @@ MESHES: dict[str, Mesh] = {
     "context 2, tensor 2, sequence": _mesh(4, context=2, tensor=2, sequence=True),
     "context 2, data_shard 2": _mesh(4, context=2, data_shard=2),
 }
+
+NUM_STEPS = 100
+
+
+def legal(model: str, mesh: str) -> bool:
+    """Whether the mesh can train the model: only some have experts."""
+    return "expert" not in mesh or model.startswith("moe")
+
+
+def _covering() -> list[tuple[str, str]]:
+    """Each mesh with one model, the models in turn; by number of processes, so that worlds are started once."""
+    meshes = sorted((mesh for mesh in MESHES if mesh != "one"), key=lambda mesh: MESHES[mesh].processes)
+    models, pairs = list(MODELS), list[tuple[str, str]]()
+    for number, mesh in enumerate(meshes):
+        model = next(each for each in (models * 2)[number % len(models) :] if legal(each, mesh))
+        pairs.append((model, mesh))
+    return pairs
+
+
+COVERING = _covering()
+"""What `make test` trains; `make test-slow` trains every model on every mesh."""

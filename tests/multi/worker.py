@@ -1,7 +1,7 @@
 """One process of a world that trains under several plans, one after the other. Requests come in as JSON lines, each
 answered with one: what the training told of itself.
 
-python -m tests.multi.worker RANK WORLD RENDEZVOUS_FILE
+python -m tests.multi.worker RANK WORLD RENDEZVOUS_FILE [cpu|cuda]
 """
 
 import hashlib
@@ -55,34 +55,33 @@ class Patterns:
         return tokens[:-1], targets
 
 
-def run(overrides: dict[str, Any], steps: int, world: World, mutation: str | None) -> dict[str, Any]:
+def run(overrides: dict[str, Any], steps: int, world: World, device: torch.device) -> dict[str, Any]:
     spec = load("preset:tiny", {**BASE, **overrides})
     train = spec.train
     assert train is not None
-    degrees = check_world(world, spec.parallel)
+    degrees = check_world(world, spec)
     start = Start(checkpoint=None, progress=Progress(step=0, tokens=0, data_digest=""))
     samples = Patterns(spec.model.vocab_size, train.sequence_length)
-    trainer = assemble_trainer(spec, train, samples, start, degrees, torch.device("cpu"))
+    trainer = assemble_trainer(spec, train, samples, start, degrees, device)
     # Lists of tensors, not one by one: what breaks where plain tensors and DTensors are mixed.
     optimizer = make_optimizer(trainer.model, train.optimizer, foreach=True)
-    found: dict[str, Any] = {"losses": [], "norms": [], "initial": hashes(trainer)}
+    found: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "initial": hashes(trainer)}
     for step in range(steps):
         batch = training_batch(samples, train.seed, step, train.batch_size, trainer.share)
         loss, _ = accumulate(trainer, batch)
-        if step == 0:
-            found["gradients"] = parts(trainer, lambda name: trainer.model.parameters[name].grad)
+        if step in (0, steps - 1):
+            found["gradients"].append(parts(trainer, lambda name: trainer.model.parameters[name].grad))
         norm, scale = clipping(trainer.model, train.clip_norm)
         optimizer.step(1.0, scale)
         found["norms"].append(norm.item())
         found["losses"].append(loss.item())
-    found["final"] = parts(trainer, lambda name: trainer.model.parameters[name])
     return found
 
 
 def full(trainer: Trainer, part: Part) -> dict[str, Any]:
     """Full tensors by name, in the first process."""
     names = list(trainer.model.plan.program.params())
-    return {name: whole.numpy() for name, whole in gather_all(trainer.model, part, names) if whole is not None}
+    return {name: whole.cpu().numpy() for name, whole in gather_all(trainer.model, part, names) if whole is not None}
 
 
 def hashes(trainer: Trainer) -> dict[str, str]:
@@ -95,15 +94,18 @@ def parts(trainer: Trainer, part: Part) -> dict[str, list[float]]:
     return {name: whole.reshape(-1).tolist() for name, whole in full(trainer, part).items()}
 
 
-def main(rank: int, size: int, rendezvous: str) -> None:
+def main(rank: int, size: int, rendezvous: str, device_type: str = "cpu") -> None:
     torch.set_num_threads(1)
+    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if size > 1:
-        store = dist.FileStore(rendezvous, size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        store, backend = dist.FileStore(rendezvous, size), "gloo" if device.type == "cpu" else "nccl"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     for line in sys.stdin:
         request = json.loads(line)
-        answer = run(request["overrides"], request["steps"], world, request.get("mutation"))
+        answer = run(request["overrides"], request["steps"], world, device)
         if rank == 0:
             Path(request["answer"]).write_text(json.dumps(answer))
         print("done", flush=True)
@@ -112,4 +114,4 @@ def main(rank: int, size: int, rendezvous: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

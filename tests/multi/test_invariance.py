@@ -1,0 +1,88 @@
+"""Any plan trains the same model: same initial tensors, same data, same losses, norms and gradients."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.multi.plans import COVERING, MESHES, MODELS, NUM_STEPS, legal
+from tests.multi.worlds import Worlds
+
+Found = dict[str, Any]
+pytestmark = pytest.mark.heavy
+EVERY = [(model, mesh) for mesh in MESHES for model in MODELS if mesh != "one" and legal(model, mesh)]
+
+
+def whole(tensors: dict[str, list[float]]) -> Any:
+    return np.concatenate([np.asarray(tensors[name]) for name in sorted(tensors)])
+
+
+def distance(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> float:
+    """‖found - wanted‖ / ‖wanted‖ over all tensors together."""
+    assert found.keys() == wanted.keys()
+    return float(np.linalg.norm(whole(found) - whole(wanted)) / np.linalg.norm(whole(wanted)))
+
+
+def cosine(found: dict[str, list[float]], wanted: dict[str, list[float]]) -> float:
+    a, b = whole(found), whole(wanted)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def largest(found: list[float], wanted: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+
+
+def compare(one: Found, many: Found) -> dict[str, float]:
+    """Largest relative deviations."""
+    return {
+        "loss": largest(many["losses"], one["losses"]),
+        "norm": largest(many["norms"], one["norms"]),
+        "first gradient": distance(many["gradients"][0], one["gradients"][0]),
+        "last gradient": distance(many["gradients"][-1], one["gradients"][-1]),
+    }
+
+
+def check_float64(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
+    one, many = worlds.train(model, "one", NUM_STEPS), worlds.train(model, mesh, NUM_STEPS)
+    deviations = compare(one, many)
+    row = {"plan": f"{model}, {mesh}"} | {name: f"{value:.1e}" for name, value in deviations.items()}
+    request.node.user_properties.append((f"table: plans over {NUM_STEPS} steps in float64", row))
+    assert many["initial"] == one["initial"]
+    assert max(deviations.values()) <= 1e-10, deviations
+    assert one["losses"][-1] < 0.5 * one["losses"][0], "the model learns, so the comparison means something"
+
+
+def check_float32(worlds: Worlds, model: str, mesh: str) -> None:
+    one, many = (worlds.train(model, each, 10, train__precision="float32") for each in ("one", mesh))
+    assert many["initial"] == one["initial"]
+    assert largest(many["losses"], one["losses"]) <= 1e-5
+    assert cosine(many["gradients"][0], one["gradients"][0]) >= 0.99999
+    assert many["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize("model, mesh", COVERING)
+def test_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
+    check_float64(worlds, request, model, mesh)
+
+
+@pytest.mark.parametrize("model, mesh", COVERING[::3])
+def test_plan_in_float32(worlds: Worlds, model: str, mesh: str) -> None:
+    check_float32(worlds, model, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, mesh", [pair for pair in EVERY if pair not in COVERING])
+def test_every_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
+    check_float64(worlds, request, model, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, mesh", [pair for pair in EVERY if pair not in COVERING[::3]])
+def test_every_plan_in_float32(worlds: Worlds, model: str, mesh: str) -> None:
+    check_float32(worlds, model, mesh)
+
+
+def test_the_covering_set_has_every_mesh_and_every_model() -> None:
+    assert {mesh for _, mesh in COVERING} == MESHES.keys() - {"one"}
+    assert {model for model, _ in COVERING} == MODELS.keys()
+    assert set(COVERING) <= set(EVERY)

@@ -1,0 +1,76 @@
+"""Worlds of gloo processes that wait for plans to train."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.multi.plans import MESHES, MODELS, Overrides
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class World:
+    """`size` processes; see `tests/multi/worker.py`."""
+
+    def __init__(self, size: int, folder: Path, device: str) -> None:
+        self._answer = folder / f"answer-{size}.json"
+        command = [sys.executable, "-m", "tests.multi.worker"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        self._processes = [
+            subprocess.Popen(
+                [*command, str(rank), str(size), str(folder / f"rendezvous-{size}"), device],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment, text=True,
+            )
+            for rank in range(size)
+        ]  # fmt: skip
+
+    def train(self, overrides: Overrides, steps: int) -> dict[str, Any]:
+        """What a training tells of itself. A process that fails ends the world, and the test with it."""
+        request = json.dumps({"overrides": overrides, "steps": steps, "answer": str(self._answer)})
+        for process in self._processes:
+            assert process.stdin is not None
+            process.stdin.write(request + "\n")
+            process.stdin.flush()
+        for rank, process in enumerate(self._processes):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "done\n", f"rank {rank} of {len(self._processes)} failed"
+        return json.loads(self._answer.read_text())
+
+    def close(self) -> None:
+        for process in self._processes:
+            with process:  # closes its pipes
+                process.kill()
+
+
+class Worlds:
+    """Worlds by their number of processes, started when they are first needed, at most one at a time."""
+
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self._folder, self._device = folder, device
+        self._size, self._world = 0, None
+        self._known: dict[tuple[str, str, int], dict[str, Any]] = {}
+
+    def train(self, model: str, mesh: str, steps: int, **more: object) -> dict[str, Any]:
+        """The training of a model on a mesh, done once. more: overrides, with `__` for dots."""
+        key = (model, mesh + json.dumps(more), steps)
+        if key not in self._known:
+            settings = {name.replace("__", "."): value for name, value in more.items()}
+            overrides = {**MODELS[model], **MESHES[mesh].settings, **settings}
+            self._known[key] = self._of(MESHES[mesh].processes).train(overrides, steps)
+        return self._known[key]
+
+    def _of(self, size: int) -> World:
+        if self._world is None or self._size != size:
+            self.close()
+            self._size, self._world = size, World(size, self._folder, self._device)
+        return self._world
+
+    def close(self) -> None:
+        if self._world is not None:
+            self._world.close()
+            for file in self._folder.glob("rendezvous-*"):
+                file.unlink()
+        self._world = None
