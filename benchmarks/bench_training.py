@@ -31,9 +31,10 @@ from measuring import Timing, environment, gather_from_ranks, profile, summary, 
 
 from archwright.compiler import plan
 from archwright.compiler.ir import Degrees
-from archwright.compiler.machines import GPUS
+from archwright.compiler.planning.machines import GPUS
 from archwright.compiler.passes import degrees_of
-from archwright.compiler.planner import PlanReport, total_bytes
+from archwright.compiler.planning.memory import total_bytes
+from archwright.compiler.planning.report import PlanReport
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.cli import add_set
 from archwright.trainers.launch import World, check_world, join, leave, world_of
@@ -127,7 +128,7 @@ def measure(chosen: argparse.Namespace, world: World, device: torch.device) -> d
                 record[contestant.name]["profile"] = {"error": str(error)}
     if chosen.mode == "archwright":
         record["run"] = as_run(chosen, spec, report, world, timings[0])
-    record["plan"] = report.to_json() | {"memory_of_a_rank_bytes": total_bytes(report.memory[0])}
+    record["plan"] = report.to_json() | {"memory_of_a_rank_bytes": max(map(total_bytes, report.memory))}
     return record
 
 
