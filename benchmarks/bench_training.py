@@ -144,7 +144,7 @@ def as_run(chosen: argparse.Namespace, spec: Spec, report: PlanReport, world: Wo
     return {
         "name": chosen.label or spec.name,
         "spec": f"preset:{chosen.preset or spec.name}",
-        "set": {"train": spec.train.model_dump(mode="json") if spec.train else None, **chosen.overrides},
+        "set": {name: getattr(spec, name).model_dump(mode="json") for name in ("model", "train", "parallel")},
         "gpus": f"{world.size}x{report.cluster.name}",
         "step_s": max(rank["median_step_s"] for rank in ranks),
         **memory,
