@@ -24,7 +24,7 @@ from archwright.spec.models import Recompute
 class Kept:
     """Of one sequence on one rank. peak_bytes: while the backward of this segment runs, beside `kept_bytes`.
 
-    ops: the nodes that the backward computes again.
+    again: the nodes that the backward computes again.
     """
 
     kept_bytes: int

@@ -52,7 +52,6 @@ class Layout:
     tied: str | None
     head: Param
     sequence: int
-    vocab_size: int
     masked: int
 
     @property
@@ -138,7 +137,6 @@ class Layouts:
             tied=None if placed.head.owner else placed.head.name,
             head=placed.head.param,
             sequence=self._sequence,
-            vocab_size=self._program.vocab_size,
             masked=self._masked,
         )
 

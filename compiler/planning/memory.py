@@ -123,7 +123,7 @@ def _fullest(
     whole, (activations, after) = states(layout, rank, master), alive
     copies = _copies_bytes(layout, rank, compute, master, constants)
     gradients, first = _unsharded_gradients(layout, rank, compute, constants)
-    forming, scaling = _loss_bytes(layout, sequences, compute, master) if _has_head(layout, rank) else (0, 0)
+    forming, scaling = _loss_bytes(layout, sequences, compute) if _has_head(layout, rank) else (0, 0)
     there = whole.gradients_bytes if (after or train.micro_batches > 1) and not layout.gathers_once else 0
     working = sequences * _working_bytes(layout, rank, kept, compute)
     moments = {
@@ -211,7 +211,7 @@ def _working_bytes(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: i
     return max((kept[kind].peak_bytes + 3 * compute * largest[kind] for kind in kinds), default=0)
 
 
-def _loss_bytes(layout: Layout, sequences: int, compute: int, master: int) -> tuple[int, int]:
+def _loss_bytes(layout: Layout, sequences: int, compute: int) -> tuple[int, int]:
     """(while the loss forms its gradient, while the backward hands it on).
 
     Forming: one chunk of logits and their gradient in the computation's dtype; the head's gradient, V · D wide values;

@@ -6,7 +6,7 @@ from dataclasses import replace
 from archwright.compiler.interpreters.cost_ops import run_cost
 from archwright.compiler.ir import Degrees, Plan, Program
 from archwright.compiler.passes import INFERENCE_TABLE, TRAINING_TABLE, degrees_of, lower, run_passes
-from archwright.compiler.planning.changes import cheapest_change
+from archwright.compiler.planning.changes import cheapest_change, with_settings
 from archwright.compiler.planning.inference import estimate_inference
 from archwright.compiler.planning.layout import Layouts, distinct
 from archwright.compiler.planning.machines import Cluster, parse_cluster
@@ -14,6 +14,7 @@ from archwright.compiler.planning.memory import cache_positions, kv_bytes_per_to
 from archwright.compiler.planning.report import PlanReport, TokenFlops
 from archwright.compiler.planning.training import estimate
 from archwright.spec import ArchwrightError, Spec
+from archwright.spec.checks import RULES
 from archwright.spec.models import LayerRun, Train
 
 
@@ -29,7 +30,7 @@ def plan(
     gpus: the machine, as in `8xH100`, for `fits` and times; an axis of `parallel` that is `auto` fills it (1 without).
     dump_after, write: see `run_passes`.
     Raises ArchwrightError IR0nn where the model cannot be placed, PLAN001 for an unknown machine, PLAN002 where the
-    mesh does not fit it.
+    mesh does not fit it, SPEC0nn where what `auto` becomes breaks a rule.
     """
     cluster = parse_cluster(gpus) if isinstance(gpus, str) else gpus
     degrees = degrees_of(spec.parallel if spec.train else spec.build.parallel, cluster.count if cluster else 1)
@@ -106,6 +107,7 @@ def _check_mesh(spec: Spec, degrees: Degrees, cluster: Cluster) -> None:
             )
         return
     if world == count:
+        _check_rules(spec, degrees)
         return
     fixed = degrees_of(spec.parallel, 1).world
     is_auto = any(getattr(spec.parallel, axis) == "auto" for axis in degrees.sizes)
@@ -116,6 +118,15 @@ def _check_mesh(spec: Spec, degrees: Degrees, cluster: Cluster) -> None:
         where="--gpus",
         help=f"use --gpus {use}x{cluster.name}",
     )
+
+
+def _check_rules(spec: Spec, degrees: Degrees) -> None:
+    """The rules of the language where `auto` has become a number; an uneven batch is planned as if rounded up."""
+    filled = with_settings(spec, {f"parallel.{axis}": degree for axis, degree in degrees.sizes.items()})
+    for rule in RULES:
+        for finding in rule(filled):
+            if finding.code != "SPEC045":
+                raise ArchwrightError(finding.code, finding.message, where=finding.path, help=finding.help)
 
 
 def _next_multiple(count: int, factor: int) -> int:

@@ -3,7 +3,6 @@
 from dataclasses import asdict, dataclass
 
 from archwright.compiler.planning.changes import Change
-from archwright.compiler.planning.constants import TABLE
 from archwright.compiler.planning.inference import Inference
 from archwright.compiler.planning.machines import Cluster
 from archwright.compiler.planning.memory import InferenceMemory, TrainingMemory, parts, total_bytes
@@ -192,10 +191,3 @@ class PlanReport:
                 for stage, (start, stop) in enumerate(estimate.layout.stages)
             ],
         }  # fmt: skip
-
-
-def constants_text() -> str:
-    """The table of constants, a line each."""
-    return "\n".join(
-        f"  {name:<28}{each.value:>14.6g} {each.unit:<24}{each.status}: {each.source}" for name, each in TABLE.items()
-    )

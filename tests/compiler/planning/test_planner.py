@@ -186,3 +186,18 @@ def test_planning_imports_neither_torch_nor_numpy() -> None:
         "assert not {'torch', 'numpy', 'onnx'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "code"),
+    [
+        ({"pipeline": "auto", "data_shard": 1, "schedule": {"kind": "interleaved"}}, "SPEC044"),
+        ({"tensor": "auto", "data_shard": 1}, "SPEC021"),
+        ({"pipeline": "auto", "data_shard": 1}, "SPEC043"),
+    ],
+)
+def test_what_auto_becomes_keeps_the_rules(parallel: dict[str, object], code: str) -> None:
+    settings = {"parallel": parallel, "train.micro_batches": 2}
+    gpus = {"SPEC021": "3xH100", "SPEC043": "7xH100", "SPEC044": "3xH100"}[code]
+    with pytest.raises(ArchwrightError, match=code):
+        plan(load("preset:tiny", {**settings, "model.layers": 6}), gpus=gpus)
