@@ -112,7 +112,7 @@ def _make_model(
         device=device,
         checkpointing=checkpointing_of(train.activation_checkpointing),
         compile_layers={} if compiled else None,
-        reshard=degrees.pipeline == 1,
+        reshard=spec.parallel.reshard and degrees.pipeline == 1,
     )
     return apply_plan(plan, weights, mesh, options)
 

@@ -48,6 +48,8 @@ class Parallel(Node):
     """Data ranks that share the experts of mixture-of-experts layers; each keeps its own sequences."""
     data_shard: Degree = "auto"
     """Data ranks that share parameters, gradients and optimizer states (FSDP)."""
+    reshard: bool = True
+    """Free a layer's gathered weights between its forward and its backward. false: keep them, gather once (ZeRO-2)."""
     data_replicate: Degree = 1
     """Data ranks that each hold a copy (of what `data_shard` leaves of it)."""
 
