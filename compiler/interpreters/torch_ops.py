@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from archwright.compiler.distributed.collectives import copy_to, reduce_from
 from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy
-from archwright.compiler.ir import Mask, Param, RopeTable, Step, Window
+from archwright.compiler.ir import Boundary, Mask, Param, RopeTable, Step, Window
 
 Tensor = torch.Tensor
 
@@ -46,8 +46,8 @@ class TorchOps:
     groups: Mapping[str, ProcessGroup] = field(default_factory=dict[str, ProcessGroup])
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
-    def enter(self, x: Tensor, mesh_axis: str) -> Tensor:
-        return copy_to(x, self.groups[mesh_axis])
+    def enter(self, x: Tensor, boundary: Boundary) -> Tensor:
+        return copy_to(x, self.groups[boundary.mesh_axis])
 
     def param(self, value: Tensor, param: Param) -> Tensor:
         """The part of a parameter that this rank computes with."""
@@ -59,14 +59,22 @@ class TorchOps:
         # Fewer key/value heads than ranks: the weight is replicated, each rank uses one head and adds its gradient.
         return copy_to(local, self.groups[split.mesh_axis])[split.slices(param.shape, self.ranks[split.mesh_axis])]
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, *, reduce: str | None) -> Tensor:
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        reduce: Boundary | None,
+        gather: Boundary | None = None,
+    ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         if reduce is None:
             return F.linear(x, weight.to(x.dtype), bias)
-        y = reduce_from(F.linear(x, weight.to(x.dtype)), self.groups[reduce])
+        y = reduce_from(F.linear(x, weight.to(x.dtype)), self.groups[reduce.mesh_axis])
         return y if bias is None else y + bias
 
-    def embed(self, ids_BS: Tensor, weight_VD: Tensor) -> Tensor:
+    def embed(self, ids_BS: Tensor, weight_VD: Tensor, *, reduce: Boundary | None) -> Tensor:
         return F.embedding(ids_BS, weight_VD).to(self.dtype)
 
     def rms_norm(self, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -120,7 +128,9 @@ class TorchOps:
             enable_gqa=q_BNSH.shape[1] != k_BKLH.shape[1],
         )
 
-    def linear_cross_entropy(self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def linear_cross_entropy(
+        self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, *, gather: Boundary | None
+    ) -> tuple[Tensor, Tensor]:
         targets_T = targets_BS.flatten()
         if not torch.is_grad_enabled():
             # An autograd.Function cannot see `no_grad`, and would form gradients that nobody asks for.

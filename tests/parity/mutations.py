@@ -144,12 +144,14 @@ def _next_position(original: Any, block: Any, ops: Any, m: Any, ids_BS: Any, ste
     return original(block, ops, m, ids_BS, step)
 
 
-def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any) -> Any:
-    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD)
+def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any, **rest: Any) -> Any:
+    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD, **rest)
 
 
-def _all_targets_count(original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor) -> Any:
-    return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0))
+def _all_targets_count(
+    original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor, **rest: Any
+) -> Any:
+    return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0), **rest)
 
 
 def _mean_of_means(original: Any, module: Any, batch: Any, micro_batches: int, device: Any) -> torch.Tensor:
@@ -169,9 +171,11 @@ def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> 
     original(module, name, owner)
 
 
-def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any) -> Any:
+def _head_forgets(
+    original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any, **rest: Any
+) -> Any:
     """The head's share of a tied matrix's gradient is lost."""
-    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS)
+    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS, **rest)
 
 
 def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any) -> Any:
@@ -179,17 +183,17 @@ def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any,
         return original(ops, x, weight, bias, reduce=reduce)
     if isinstance(ops, OnnxOps):
         partial = original(ops, x, weight, bias, reduce=None)
-        return ops._all_reduce(partial, ops.degrees[reduce])
-    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce])
+        return ops._all_reduce(partial, ops.degrees[reduce.mesh_axis])
+    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce.mesh_axis])
 
 
-def _no_reduce(original: Any, block: Any) -> Any:
-    annotated = original(block)
+def _no_reduce(original: Any, block: Any, degrees: Any) -> Any:
+    annotated = original(block, degrees)
     return replace(annotated, reduce=None) if isinstance(annotated, Linear) else annotated
 
 
-def _no_enter(original: Any, block: Any) -> Any:
-    return replace(original(block), enter=None)
+def _no_enter(original: Any, block: Any, degrees: Any) -> Any:
+    return replace(original(block, degrees), enter=None)
 
 
 def _unverified(change: Patch) -> Patch:
