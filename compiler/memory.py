@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 from math import prod
 
-from archwright.compiler.blocks import DecoderLayer, GroupedQueryAttention, Norm, RMSNorm, SwiGLU
+from archwright.compiler.blocks import (
+    DecoderLayer,
+    FeedForward,
+    GroupedQueryAttention,
+    MixtureOfExperts,
+    Norm,
+    RMSNorm,
+    SwiGLU,
+)
 from archwright.compiler.ir import Param, Plan, Program, Window
 from archwright.spec.models import Build, Train
 
@@ -91,8 +99,10 @@ def kv_bytes_per_token(program: Program, precision: str) -> int:
 
 def stored_size(param: Param) -> int:
     """Elements of a parameter that a rank stores in training: its piece, or all of it where ranks share pieces."""
-    split = param.split
-    return param.size // split.parts if split is not None and split.parts == split.degree else param.size
+    size = param.size
+    for split in param.splits:
+        size //= split.parts if split.parts == split.degree else 1
+    return size
 
 
 def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
@@ -105,6 +115,8 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
         attention    e·H·(N + K + K) q, k, v after the rotation; e·H·N its output; w·N the softmax's logarithm
         SwiGLU       e·F·4: gate, up, silu(gate), their product
         GELU         e·F·2: its input, its output
+        experts      of each of a token's X experts e·(D + 4·F + D): its input, as of SwiGLU, its output; e·X weights
+        router       see `_router_bytes`
 
     A layer has two norms. Residual sums keep nothing. After the layers comes the final norm; its output gives way to
     its gradient, which the loss forms in the forward. A test holds this against what autograd saves. Compiled layers
@@ -120,9 +132,28 @@ def activation_bytes_per_token(local: Program, compute_bytes: int) -> int:
         q_width, kv_width = layer.self_attn.q_proj.weight.shape[0], layer.self_attn.k_proj.weight.shape[0]
         heads = q_width // layer.self_attn.head_dim
         mlp = layer.mlp
-        inner = 4 * mlp.up_proj.weight.shape[0] if isinstance(mlp, SwiGLU) else 2 * mlp.fc1.weight.shape[0]
-        total += 2 * norm + e * (2 * q_width + 2 * kv_width) + w * heads + e * inner
+        inner = _moe_bytes(mlp, e, w) if isinstance(mlp, MixtureOfExperts) else e * _inner(mlp)
+        total += 2 * norm + e * (2 * q_width + 2 * kv_width) + w * heads + inner
     return total + norm
+
+
+def _inner(mlp: FeedForward) -> int:
+    return 4 * mlp.up_proj.weight.shape[0] if isinstance(mlp, SwiGLU) else 2 * mlp.fc1.weight.shape[0]
+
+
+def _moe_bytes(moe: MixtureOfExperts, e: int, w: int) -> int:
+    """For one token. Where experts are spread over ranks, what a rank gets is taken to be what it gives."""
+    _, inner, hidden = moe.experts.gate_proj.shape
+    chosen = moe.routing.experts_per_token
+    shared = _inner(moe.shared_experts) if moe.shared_experts else 0
+    return e * (chosen * (2 * hidden + 4 * inner + 1) + shared) + _router_bytes(moe, e, w)
+
+
+def _router_bytes(moe: MixtureOfExperts, e: int, w: int) -> int:
+    """w·(3·E + 2): the logits, the scores of the weights and of the penalty, their sum, logsumexp; normalised weights
+    keep what they were before, and its sum."""
+    experts, chosen = moe.gate.weight.shape[0], moe.routing.experts_per_token
+    return w * (3 * experts + 2 + (chosen + 1 if moe.routing.normalize else 0))
 
 
 def mask_bytes(program: Program, sequence: int, compute_bytes: int) -> int:

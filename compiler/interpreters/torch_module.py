@@ -53,10 +53,11 @@ class BlockModule(nn.Module):
         self.cache: Mapping[str, torch.Tensor] = {}
         self._borrowed: dict[str, tuple[nn.Module]] = {}  # in tuples, so that nn.Module does not register them
 
-    def forward(self, x: torch.Tensor, *args: Any) -> Any:
+    def forward(self, *args: Any) -> Any:
         if self.block.enter is not None:
-            x = self.ops.enter(x, self.block.enter)
-        return self.block.forward(self.ops, TorchScope(self), x, *args)
+            number = self.block.num_entering
+            args = (*[self.ops.enter(x, self.block.enter) for x in args[:number]], *args[number:])
+        return self.block.forward(self.ops, TorchScope(self), *args)
 
     def borrow(self, name: str, owner: nn.Module) -> None:
         """Read `name` (a child, or a parameter of that name) from `owner` at each use: a tie that nothing can undo."""
@@ -89,6 +90,7 @@ class TorchProgram(nn.Module):
     """The trainable model. `state_dict` keys are the canonical (Hugging Face) names; a tied head has no key.
 
     module(ids_BS) → logits [B, S, V]; module(ids_BS, targets_BS) → (loss_sum, num_tokens), -100 not counted.
+    In training mode (`train()`, torch's default) the loss includes the penalties of routers; `eval()` leaves them out.
     With `write_index_B` and `visible` the call reads and writes the cache bound by `bind_cache`.
     """
 
@@ -155,6 +157,7 @@ class TorchProgram(nn.Module):
             write_index_B=write_index_B,
             visible=visible,
             targets_BS=targets_BS,
+            penalized=self.training,
         )
         modules: Iterator[BlockModule] = iter(self._segments)
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from archwright.compiler.distributed.collectives import copy_to, reduce_from
 from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy
+from archwright.compiler.interpreters.torch_moe import TorchMoe
 from archwright.compiler.ir import Boundary, Mask, Param, RopeTable, Step, Window
 
 Tensor = torch.Tensor
@@ -35,7 +36,7 @@ class TorchStep(Step[Tensor]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchOps:
+class TorchOps(TorchMoe):
     """Ops over torch tensors.
 
     dtype: of the computation; parameters may be wider (float32 masters under bfloat16), each use casts them.
@@ -48,6 +49,9 @@ class TorchOps:
 
     def enter(self, x: Tensor, boundary: Boundary) -> Tensor:
         return copy_to(x, self.groups[boundary.mesh_axis])
+
+    def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
+        return reduce_from(y, self.groups[boundary.mesh_axis])
 
     def param(self, value: Tensor, param: Param) -> Tensor:
         """The part of a parameter that this rank computes with."""
@@ -149,6 +153,7 @@ def make_step(
     write_index_B: Tensor | None = None,
     visible: int | None = None,
     targets_BS: Tensor | None = None,
+    penalized: bool = True,
 ) -> TorchStep:
     """The step of a forward over ids [B, S]: positions 0..S-1 by default; with a cache, its first `visible` rows."""
     device = ids_BS.device
@@ -161,6 +166,7 @@ def make_step(
         write_index_B=write_index_B,
         kv_positions_L=kv_positions_L,
         targets_BS=targets_BS,
+        penalized=penalized,
         rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
         masks={
             key: torch.zeros(shown_B1SL.shape, dtype=dtype, device=device).masked_fill_(~shown_B1SL, -math.inf)

@@ -171,9 +171,7 @@ def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> 
     original(module, name, owner)
 
 
-def _head_forgets(
-    original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any, **rest: Any
-) -> Any:
+def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any, **rest: Any) -> Any:
     """The head's share of a tied matrix's gradient is lost."""
     return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS, **rest)
 
