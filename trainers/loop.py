@@ -190,12 +190,14 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     if trainer.held_out is None:
         return {}
     train, split = trainer.train, trainer.validation
+    trainer.module.eval()  # without the penalties of routers, which are no property of the text
     loss, tokens = 0.0, 0
     for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size):
         for piece in batch.pieces(train.micro_batches):
             loss_sum, _ = trainer.module(*_tensors(piece, trainer.device))
             loss += loss_sum.item()
         tokens += batch.num_targets
+    trainer.module.train()
     mean = loss / tokens
     counted = split.num_loss_tokens if train.kind == "sft" else split.num_tokens
     result = {"validation_loss": mean}

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import Linear, PositionedEmbedding, SwiGLU
+from archwright.compiler.blocks import Experts, Linear, PositionedEmbedding, SwiGLU
 from archwright.compiler.interpreters import torch_module, torch_ops
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
 from archwright.compiler.interpreters.torch_module import BlockModule
@@ -194,6 +195,52 @@ def _no_enter(original: Any, block: Any, degrees: Any) -> Any:
     return replace(original(block, degrees), enter=None)
 
 
+def _not_normalized(original: Any, ops: Any, logits_BSE: Any, indices_BSX: Any, routing: Any) -> Any:
+    return original(ops, logits_BSE, indices_BSX, replace(routing, normalize=False))
+
+
+def _reversed_experts(
+    original: Any,
+    ops: Any,
+    x_BSD: Any,
+    weights_BSX: Any,
+    indices_BSX: torch.Tensor,
+    gate_EFD: Any,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    return original(ops, x_BSD, weights_BSX, len(gate_EFD) - 1 - indices_BSX, gate_EFD, *rest, **more)
+
+
+def _reversed_numbers(original: Any, ops: OnnxOps, name: str, value: Any, dtype: Any) -> Any:
+    return original(ops, name, value[::-1] if name == f"experts/{len(np.atleast_1d(value))}" else value, dtype)
+
+
+def _one_expert_dropped(original: Any, ops: Any, x_BSD: Any, weights_BSX: torch.Tensor, *rest: Any, **more: Any) -> Any:
+    """Of the last token, as an expert of limited capacity would."""
+    kept_BSX = torch.ones_like(weights_BSX)
+    kept_BSX[:, -1, 0] = 0
+    return original(ops, x_BSD, weights_BSX * kept_BSX, *rest, **more)
+
+
+def _penalty_of_the_batch(
+    original: Any, ops: Any, logits_BSE: torch.Tensor, indices_BSX: Any, *rest: Any, **more: Any
+) -> Any:
+    """Shares over all sequences together, which depend on how these are spread over micro-batches and ranks."""
+    penalty_B = original(ops, logits_BSE.flatten(0, 1)[None], indices_BSX.flatten(0, 1)[None], *rest, **more)
+    return penalty_B.expand(len(logits_BSE))
+
+
+def _all_weights_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the routers' weights, of which each tensor rank forms a part, is not summed."""
+    monkeypatch.setattr(Experts, "num_entering", 1)
+
+
+def _experts_not_reduced(original: Any, block: Any, degrees: Any) -> Any:
+    annotated = original(block, degrees)
+    return replace(annotated, reduce=None) if isinstance(annotated, Experts) else annotated
+
+
 def _unverified(change: Patch) -> Patch:
     """A bug in a pass, in a world where the verifier has not been written: it would refuse the Program."""
 
@@ -274,6 +321,27 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "stale cache row in decode, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "kv_update", _unwritten_row)),
     "key/value heads tiled, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _tiled_heads)),
+    "weights of experts not normalised, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "routing_weights", _not_normalized)
+    ),
+    "weights of experts not normalised, ONNX": Mutation(
+        comparison=ONNX, patch=_wrap(OnnxOps, "routing_weights", _not_normalized)
+    ),
+    "experts in another order, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "experts", _reversed_experts)),
+    "experts in another order, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "constant", _reversed_numbers)),
+    "a token's expert dropped, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "experts", _one_expert_dropped)
+    ),
+    "penalties of routers dropped, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "sum_over_targets", lambda original, *args: 0 * original(*args))
+    ),
+    "penalties over the batch, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "router_penalty", _penalty_of_the_batch)
+    ),
+    "gradient of routers not summed over ranks": Mutation(comparison=TRAINED, patch=_unverified(_all_weights_partial)),
+    "all-reduce of experts missing, joined ranks": Mutation(
+        comparison=JOINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _experts_not_reduced))
+    ),
     "tied head untied, torch": Mutation(comparison=TORCH, patch=_wrap(BlockModule, "borrow", _untied)),
     "head's gradient lost": Mutation(
         comparison="torch, gradients", patch=_wrap(TorchOps, "linear_cross_entropy", _head_forgets)

@@ -68,9 +68,7 @@ def run(
         logits_BSV = module(ids).numpy()
     loss_sum, _ = module(ids, torch.from_numpy(targets_BS))
     loss_sum.backward()
-    gradients = {
-        name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in module.named_parameters()
-    }
+    gradients = {name: np.zeros(p.shape) if p.grad is None else p.grad.numpy() for name, p in module.named_parameters()}
     return logits_BSV, float(loss_sum.detach()), gradients
 
 
