@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 Tensor = torch.Tensor
 
@@ -57,6 +58,16 @@ def _(x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
 @_outer.register_fake
 def _(y_NO: Tensor, x_NI: Tensor, ends_E: Tensor) -> Tensor:
     return x_NI.new_empty(ends_E.shape[0], y_NO.shape[1], x_NI.shape[1])
+
+
+@register_flop_formula(torch.ops.archwright.grouped_linear)
+def _(x_NI: torch.Size, weight_EOI: torch.Size, *_: Any, **options: Any) -> int:
+    return 2 * x_NI[0] * x_NI[1] * weight_EOI[1]
+
+
+@register_flop_formula(torch.ops.archwright.grouped_outer)
+def _(y_NO: torch.Size, x_NI: torch.Size, *_: Any, **options: Any) -> int:
+    return 2 * x_NI[0] * x_NI[1] * y_NO[1]
 
 
 def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
