@@ -17,6 +17,7 @@ from archwright.compiler.interpreters.sorting import permute, sort_by_expert
 Tensor = torch.Tensor
 
 
+@torch.compiler.disable(reason="sizes that travel are known at run time only")
 def through_experts(
     x_ND: Tensor, ends_E: Tensor, group: ProcessGroup, compute: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:

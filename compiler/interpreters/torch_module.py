@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import GroupedQueryAttention, Rope
+from archwright.compiler.blocks import Experts, GroupedQueryAttention, Rope
 from archwright.compiler.interpreters.torch_ops import TorchOps, TorchStep, make_step
 from archwright.compiler.ir import Block, Param, Program, RopeTable, Segment
 
@@ -76,6 +76,11 @@ class BlockModule(nn.Module):
             owner = borrowed[name][0]
             return getattr(owner, name) if isinstance(getattr(self.block, name), Param) else owner
         return super().__getattr__(name)
+
+
+def _spreads_experts(block: Block) -> bool:
+    spreads = isinstance(block, Experts) and block.dispatch is not None
+    return spreads or any(_spreads_experts(sub) for sub in block.children().values())
 
 
 def _kind_of(block: Block) -> type[BlockModule]:
@@ -172,7 +177,8 @@ class TorchProgram(nn.Module):
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile each layer in place. Equal layers share their code, layers of different kinds do not: torch
-        counts recompilations by code, and gives up after RECOMPILATIONS (8 in versions that cannot be told).
+        counts recompilations by code, and gives up after RECOMPILATIONS (8 in versions that cannot be told). A layer
+        is one graph, but for where its tokens travel to experts on other ranks.
         """
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": RECOMPILATIONS, **options}
@@ -181,7 +187,7 @@ class TorchProgram(nn.Module):
             if layer.block not in kinds:
                 kinds[layer.block] = _kind_of(layer.block)
             layer.__class__ = kinds[layer.block]
-            layer.compile(fullgraph=True, **options)
+            layer.compile(fullgraph=not _spreads_experts(layer.block), **options)
 
     def make_cache(self, *, batch: int, positions: int, dtype: torch.dtype | None = None) -> Cache:
         """Zeroed states for `batch` rows of `positions` tokens."""

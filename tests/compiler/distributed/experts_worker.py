@@ -33,7 +33,7 @@ SHARED = {**MOE, "shared": {"hidden_size": 16}, "router": {"score": "sigmoid", "
 ATTENTION = {"kind": "gqa", "heads": 4, "kv_heads": 2, "head_dim": 8}
 LAYERS = [{"layer": {"attention": ATTENTION, "ffn": ffn}} for ffn in (DENSE, MOE, SHARED)]
 MODEL: dict[str, object] = {"model.layer": None, "model.layers": LAYERS, "model.hidden_size": 32}
-CASES = ("even", "all tokens to one rank")
+CASES = ("even", "all tokens to one rank", "compiled")
 
 
 def make_tensors(case: str, tensors: Mapping[str, Array]) -> dict[str, Array]:
@@ -58,11 +58,13 @@ def part(param: Param, at: Mapping[str, int]) -> tuple[slice, ...]:
 
 
 def run(
-    program: Any, tensors: dict[str, Array], ops: TorchOps, ids_BS: Array, targets_BS: Array
+    program: Any, tensors: dict[str, Array], ops: TorchOps, ids_BS: Array, targets_BS: Array, compiled: bool = False
 ) -> tuple[Array, float, dict[str, Array]]:
     """Logits, loss and gradients."""
     module = TorchProgram(program, ops, dtype=torch.float64, device="cpu")
     load_weights(module, tensors)
+    if compiled:
+        module.compile_layers(backend="aot_eager")
     ids = torch.from_numpy(ids_BS)
     with torch.no_grad():
         logits_BSV = module(ids).numpy()
@@ -98,7 +100,8 @@ def report(case: str, degrees: Degrees, rank: int) -> dict[str, float] | None:
     groups = {axis: mesh.get_group(axis) for axis, degree in degrees.sizes.items() if degree > 1}
     ops = TorchOps(dtype=torch.float64, groups=groups, ranks=at)
     answers: list[Any] = [None] * degrees.world
-    dist.all_gather_object(answers, (at, *run(plan.local, local, ops, ids_BS[mine], targets_BS[mine])))
+    compiled = case == "compiled"
+    dist.all_gather_object(answers, (at, *run(plan.local, local, ops, ids_BS[mine], targets_BS[mine], compiled)))
     if rank > 0:
         return None
     logits_BSV, loss_sum, gradients = run(program, tensors, TorchOps(dtype=torch.float64), ids_BS, targets_BS)
@@ -115,11 +118,33 @@ def report(case: str, degrees: Degrees, rank: int) -> dict[str, float] | None:
     }
 
 
+def means_of_pieces(rank: int, world: int) -> list[float]:
+    """Errors of a loss of means over sequences of which each rank has a piece, and of its gradient: under `context`,
+    where ranks make different parts of the loss, and under `spread`, where each makes all of it."""
+    whole_BSE = torch.randn(2, 3 * world, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    piece = slice(3 * rank, 3 * rank + 3)
+    weights_W = torch.arange(1, world + 1, dtype=torch.float64)
+    errors: list[float] = []
+    for axis in ("context", "tensor"):
+        full_BSE, part_BSE = whole_BSE.clone().requires_grad_(), whole_BSE[:, piece].clone().requires_grad_()
+        ops = TorchOps(dtype=torch.float64, groups={axis: dist.group.WORLD})
+        found_BE = ops.sequence_mean(part_BSE, None if axis == "context" else axis)
+        expected_BE = TorchOps(dtype=torch.float64).sequence_mean(full_BSE, None)
+        (found_BE.square().sum() * (weights_W[rank] if axis == "context" else weights_W.sum())).backward()
+        (expected_BE.square().sum() * weights_W.sum()).backward()
+        errors.append(float((found_BE - expected_BE).abs().max()))
+        errors.append(float((part_BSE.grad - full_BSE.grad[:, piece]).abs().max()))
+    return errors
+
+
 if __name__ == "__main__":
     rank, expert, tensor, rendezvous = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=expert * tensor)
-    found = {case: report(case, Degrees(expert=expert, tensor=tensor), rank) for case in CASES}
+    found: dict[str, Any] = {
+        case: report(case, Degrees(expert=expert, tensor=tensor), rank) for case in CASES[: 4 - tensor]
+    }
+    found["means"] = means_of_pieces(rank, expert * tensor)
     if rank == 0:
         print(json.dumps(found))
     dist.destroy_process_group()

@@ -36,9 +36,10 @@ def run_world(expert: int, tensor: int, folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(("expert", "tensor"), [(2, 1), (2, 2)])
 def test_outputs_and_gradients_are_those_of_one_process(expert: int, tensor: int, tmp_path: Path) -> None:
     found = run_world(expert, tensor, tmp_path)
-    for case in CASES:
+    for case in CASES[: 4 - tensor]:  # compiled: not once more under tensor 2
         assert found[case]["logits"] < 1e-12
         assert found[case]["loss"] < 1e-12
         assert found[case]["gradients"] < 1e-12
+    assert max(found["means"]) < 1e-12
     assert found["even"]["smallest gradient"] > 0, "every parameter takes part"
     assert found["all tokens to one rank"]["smallest gradient"] == 0, "experts that nobody chose"
