@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from archwright.compiler.blocks import MoeDecoderLayer
 from archwright.compiler.interpreters.cost_ops import run_cost
@@ -20,6 +22,7 @@ from archwright.compiler.passes import INFERENCE_TABLE, TRAINING_TABLE, lower, r
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.trainers.optimizer import make_optimizer
 from tests.parity.cases import make_case
+from tests.parity.comparisons import gradient_error, gradients_of
 from tests.parity.targets import torch_module
 
 MOE = {"kind": "moe", "experts": 6, "experts_per_token": 2, "hidden_size": 24, "balance_loss": 0.5, "z_loss": 0.25}
@@ -106,6 +109,28 @@ def test_evaluation_has_no_penalties() -> None:
     without, _ = run_numpy(case.program, tensors, case.ids_BS, step=replace(step, penalized=False))
     np.testing.assert_allclose([trained.item(), evaluated.item()], [with_penalty, without], rtol=1e-13)
     assert with_penalty - without > 0.5 * num_tokens, "two layers whose balance is 0.5 at least, in sum 1 a target"
+
+
+def test_recomputed_and_compiled_layers_give_the_same() -> None:
+    """Equal layers are one graph, the first router's too; what is recomputed adds no second penalty."""
+    case = make_case(lower(make_spec(MOE, MOE, MOE)), 0)
+    ids_BS, targets_BS = torch.from_numpy(case.ids_BS), torch.from_numpy(case.targets_BS)
+    plain, recomputed, compiled = (torch_module(case, torch.float64) for _ in range(3))
+    for layer in recomputed.layers():
+        run_once = layer.forward
+        layer.forward = lambda *args, run=run_once: checkpoint(run, *args, use_reentrant=False)
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled.compile_layers(backend=counter)
+    losses, gradients = [], []
+    for module in (plain, recomputed, compiled):
+        loss_sum, _ = module(ids_BS, targets_BS)
+        loss_sum.backward()
+        losses.append(loss_sum.item())
+        gradients.append(gradients_of(module))
+    assert counter.frame_count == 1
+    assert losses[1] == losses[0] and losses[2] == pytest.approx(losses[0], rel=1e-14)
+    assert gradient_error(gradients[1], gradients[0]) == 0 and gradient_error(gradients[2], gradients[0]) < 1e-13
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 4])
