@@ -15,15 +15,15 @@ class MoeCosts(ABC):
     """A part of `CostOps`."""
 
     @abstractmethod
-    def count(self, op: str, flops: int, *, causal: int | None = None) -> None: ...
+    def _count(self, op: str, flops: int, *, causal: int | None = None) -> None: ...
 
     @abstractmethod
-    def exchange(
+    def _exchange(
         self, op: str, x: Shaped, axis: str, forward: CollectiveKind | None, backward: CollectiveKind | None
     ) -> None: ...
 
     @abstractmethod
-    def reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped: ...
+    def _reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped: ...
 
     def top_k(self, x_BSE: Shaped, number: int) -> Shaped:
         if not 1 <= number <= x_BSE.shape[-1] or x_BSE.sharded:
@@ -62,11 +62,11 @@ class MoeCosts(ABC):
                 raise Disagreement("IR009", f"a value {place(value)} that entered {value.entered} meets such experts")
         chosen = Shaped(shape=(prod(indices_BSX.shape), x_BSD.shape[-1]))
         if dispatch is not None:  # to the experts and back, as if they were evenly used
-            self.exchange("experts", chosen, dispatch, "all_to_all", "all_to_all")
-            self.exchange("experts", chosen, dispatch, "all_to_all", "all_to_all")
-        self.count("experts", 3 * 2 * prod(chosen.shape) * gate_EFD.shape[1])
+            self._exchange("experts", chosen, dispatch, "all_to_all", "all_to_all")
+            self._exchange("experts", chosen, dispatch, "all_to_all", "all_to_all")
+        self._count("experts", 3 * 2 * prod(chosen.shape) * gate_EFD.shape[1])
         y_BSD = Shaped(shape=x_BSD.shape)
-        return y_BSD if reduce is None else self.reduce("experts", y_BSD, reduce)
+        return y_BSD if reduce is None else self._reduce("experts", y_BSD, reduce)
 
     def router_penalty(
         self,
@@ -82,7 +82,7 @@ class MoeCosts(ABC):
             raise Disagreement("IR009", f"the penalty of logits {place(logits_BSE)} is formed over {spread}")
         batch, _, experts = logits_BSE.plain().shape
         if spread is not None:  # of each sequence: choices, scores, logsumexp²
-            self.exchange("router_penalty", Shaped(shape=(batch, 2 * experts + 1)), spread, "all_reduce", None)
+            self._exchange("router_penalty", Shaped(shape=(batch, 2 * experts + 1)), spread, "all_reduce", None)
         return Shaped(shape=(batch,))
 
     def sum_over_targets(self, penalty_B: Shaped, targets_BS: Shaped) -> Shaped:

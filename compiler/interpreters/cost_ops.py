@@ -84,7 +84,7 @@ class CostOps(MoeCosts):
         if x.spread != (axis if tokens else None) or x.sharded is not None:
             raise Disagreement("IR009", f"a value {place(x)} enters `{boundary}`")
         forward, backward = ("all_gather", "reduce_scatter") if tokens else (None, "all_reduce")
-        self.exchange("enter", x, axis, forward, None if x.integer else backward)
+        self._exchange("enter", x, axis, forward, None if x.integer else backward)
         return replace(x.plain(), entered=axis, spread=None)
 
     def linear(
@@ -103,24 +103,24 @@ class CostOps(MoeCosts):
         )
         if bias is not None and bias.shape != weight.shape[:1]:
             raise Disagreement("IR008", f"a bias {list(bias.shape)} meets a matrix {list(weight.shape)} of [out, in]")
-        self.count("linear", 2 * prod(x.shape) * weight.shape[0])
+        self._count("linear", 2 * prod(x.shape) * weight.shape[0])
         if reduce is not None:
-            y = self.reduce("linear", y, reduce)
+            y = self._reduce("linear", y, reduce)
         if bias is not None and (bias.split and bias.split.mesh_axis) != y.sharded:
             raise Disagreement("IR009", f"the output is {place(y)}, and the bias is cut otherwise")
         if bias is not None:
             read(bias, y)
         return y if gather is None else self._gather(y, gather)
 
-    def reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped:
+    def _reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped:
         axis, tokens = boundary.mesh_axis, boundary.tokens
-        self.exchange(op, y, axis, *(("reduce_scatter", "all_gather") if tokens else ("all_reduce", None)))
+        self._exchange(op, y, axis, *(("reduce_scatter", "all_gather") if tokens else ("all_reduce", None)))
         return replace(y, spread=axis if tokens else None)
 
     def _gather(self, y: Shaped, boundary: Boundary) -> Shaped:
         if y.sharded != boundary.mesh_axis:
             raise Disagreement("IR009", f"a value {place(y)} is gathered over `{boundary}`")
-        self.exchange("gather", y, boundary.mesh_axis, "all_gather", None)
+        self._exchange("gather", y, boundary.mesh_axis, "all_gather", None)
         return replace(y, sharded=None)
 
     def _linear_placement(self, x: Shaped, weight: Shaped, reduce: str | None) -> Shaped:
@@ -146,7 +146,7 @@ class CostOps(MoeCosts):
         if (split and split.mesh_axis) != (reduce and reduce.mesh_axis) or (split and split.dim != 0):
             raise Disagreement("IR009", f"a table cut over {split and split.mesh_axis} is reduced over {reduce}")
         y = Shaped(shape=(*ids_BS.shape, weight_VD.shape[1]))
-        return y if reduce is None else self.reduce("embed", y, reduce)
+        return y if reduce is None else self._reduce("embed", y, reduce)
 
     def rms_norm(self, x_BSD: Shaped, weight_D: Shaped, eps: float) -> Shaped:
         return self._norm(x_BSD, weight_D)
@@ -210,7 +210,7 @@ class CostOps(MoeCosts):
             raise Disagreement("IR009", f"queries {place(q_BNSH)}, keys {place(k_BKLH)}, values {place(v_BKLH)}")
         per_pair = 4 * batch * heads * head_dim  # two matmuls, scores and weighted sum, 2 · H each
         causal = per_pair * queries * keys - per_pair // 2 * _twice_hidden(queries, keys, mask)
-        self.count("attention", per_pair * queries * keys, causal=causal)
+        self._count("attention", per_pair * queries * keys, causal=causal)
         return q_BNSH
 
     def linear_cross_entropy(
@@ -223,14 +223,14 @@ class CostOps(MoeCosts):
             raise Disagreement("IR009", f"the loss over logits {place(logits_BSV)} is gathered over {gather}")
         if gather is not None:  # of each token: the largest logit, the sum, the target's logit
             tokens = replace(logits_BSV, shape=(3, *targets_BS.shape))
-            self.exchange("linear_cross_entropy", tokens, gather.mesh_axis, "all_reduce", None)
+            self._exchange("linear_cross_entropy", tokens, gather.mesh_axis, "all_reduce", None)
         return Shaped(shape=()), Shaped(shape=())
 
-    def count(self, op: str, flops: int, *, causal: int | None = None) -> None:
+    def _count(self, op: str, flops: int, *, causal: int | None = None) -> None:
         causal = flops if causal is None else causal
         self.costs.append(Cost(segment=self._paths[0], path=self._paths[-1], op=op, flops=flops, causal_flops=causal))
 
-    def exchange(
+    def _exchange(
         self, op: str, x: Shaped, axis: str, forward: CollectiveKind | None, backward: CollectiveKind | None
     ) -> None:
         kinds: dict[bool, CollectiveKind | None] = {False: forward, True: backward}

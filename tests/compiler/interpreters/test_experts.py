@@ -111,6 +111,8 @@ def test_evaluation_has_no_penalties() -> None:
     assert with_penalty - without > 0.5 * num_tokens, "two layers whose balance is 0.5 at least, in sum 1 a target"
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_recomputed_and_compiled_layers_give_the_same() -> None:
     """Equal layers are one graph, the first router's too; what is recomputed adds no second penalty."""
     case = make_case(lower(make_spec(MOE, MOE, MOE)), 0)
