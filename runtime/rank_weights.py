@@ -32,13 +32,14 @@ _DTYPES: Mapping[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a rank's part of a parameter lies, and whether it is stored transposed."""
+    """Where a rank's part of a parameter lies. natural: of its dims, in the order in which they are stored."""
 
     file: Path
     offset: int
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
-    transposed: bool
+    natural: tuple[int, ...]
+    order: tuple[int, ...]
 
 
 class RankWeights:
@@ -67,9 +68,9 @@ class RankWeights:
                 assert isinstance(name, str)
                 if placed.name not in tensors:
                     raise _wrong(graph, f"has no initializer `{placed.name}`")
-                places[name] = _place(graph, tensors[placed.name], placed.external.transposed)
-                shape = places[name].shape[::-1] if places[name].transposed else places[name].shape
-                if shape != local[name].shape or places[name].dtype != PRECISIONS[artifact.precision]:
+                order = placed.external.order or tuple(range(len(local[name].shape)))
+                places[name] = _place(graph, tensors[placed.name], local[name].shape, order)
+                if places[name].shape != placed.shape or places[name].dtype != PRECISIONS[artifact.precision]:
                     raise _wrong(graph, f"`{placed.name}` is {places[name].dtype} {list(places[name].shape)}")
             self._places.append(places)
 
@@ -90,8 +91,8 @@ class RankWeights:
     def part(self, name: str, rank: int) -> Array:
         """A view of what a rank has of a parameter, [out, in] as the canonical tensor is."""
         place = self._places[rank][name]
-        view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.shape)
-        return np.asarray(view).T if place.transposed else np.asarray(view)
+        view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
+        return np.asarray(view).transpose(np.argsort(place.order))
 
     @staticmethod
     def slices(param: Param, rank: int) -> tuple[slice, ...]:
@@ -100,7 +101,7 @@ class RankWeights:
         return tuple(slice(None) for _ in param.shape) if split is None else split.slices(param.shape, rank)
 
 
-def _place(graph: Path, tensor: TensorProto, transposed: bool) -> _Place:
+def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tuple[int, ...]) -> _Place:
     entries = {entry.key: entry.value for entry in tensor.external_data}
     if tensor.data_type not in _DTYPES or "location" not in entries:
         raise _wrong(graph, f"`{tensor.name}` is not stored beside the graph in a known type")
@@ -110,7 +111,8 @@ def _place(graph: Path, tensor: TensorProto, transposed: bool) -> _Place:
         offset=int(entries.get("offset", 0)),
         shape=tuple(tensor.dims),
         dtype=_DTYPES[tensor.data_type],
-        transposed=transposed,
+        natural=tuple(shape[dim] for dim in order),
+        order=order,
     )
     if not file.is_file() or place.offset + prod(place.shape) * place.dtype.itemsize > file.stat().st_size:
         raise _wrong(graph, f"`{tensor.name}` lies outside {entries['location']}")

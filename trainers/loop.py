@@ -277,6 +277,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     if trainer.held_out is None or trainer.validation is None:
         return {}
     train, split = trainer.train, trainer.validation
+    for stage in trainer.model.stages.values():
+        stage.eval()  # without the penalties of routers, which are no property of the text
     loss, count = torch.zeros(2, dtype=torch.float64, device=trainer.device).unbind()
     for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size, trainer.share):
         pieces = _pieces(trainer, batch)
@@ -286,6 +288,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
             for ids_BS, targets_BS in pieces:
                 loss = loss + trainer.model.module(ids_BS, targets_BS)[0]
         count = count + _count(trainer, batch)
+    for stage in trainer.model.stages.values():
+        stage.train()
     mean = (trainer.over_batch(loss) / count).item()
     counted = split.num_loss_tokens if train.kind == "sft" else split.num_tokens
     result = {"validation_loss": mean}

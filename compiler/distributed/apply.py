@@ -6,13 +6,14 @@ tensors and DTensors side by side break optimizers that work on lists. On one ra
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from archwright.compiler.blocks import MixtureOfExperts
 from archwright.compiler.distributed.checkpointing import Checkpointing
 from archwright.compiler.distributed.layout import Layout, local_of
 from archwright.compiler.distributed.mesh import Mesh
@@ -86,6 +87,8 @@ def apply_plan(plan: Plan, weights: Weights, mesh: Mesh | None, options: Options
     layouts: dict[str, Layout] = {}
     for number in range(rank, len(plan.stages), degree):
         module = stages[number] = _build(plan, number, mesh, options)
+        before = replace(plan.program, segments=plan.program.segments[: plan.stages[number][0]])
+        module.follows_router = any(isinstance(block, MixtureOfExperts) for _, block in before.blocks())
         names = {local: sites[local].name for local, _ in module.named_parameters()}
         for local, name in names.items():
             layouts[name] = Layout(

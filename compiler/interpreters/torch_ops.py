@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from archwright.compiler.distributed.collectives import copy_to, gather_from, join, reduce_from, scatter_to
+from archwright.compiler.distributed.collectives import all_gather, copy_to, gather_from, join, reduce_from, scatter_to
 from archwright.compiler.distributed.context import causal_chunks, gather_sequence
 from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy, Rows
+from archwright.compiler.interpreters.torch_moe import TorchMoe
 from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
 
 Tensor = torch.Tensor
@@ -37,7 +38,7 @@ class TorchStep(Step[Tensor]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchOps:
+class TorchOps(TorchMoe):
     """Ops over torch tensors.
 
     dtype: of the computation; parameters may be wider (float32 masters under bfloat16), each use casts them.
@@ -54,9 +55,11 @@ class TorchOps:
 
     def enter(self, x: Tensor, boundary: Boundary) -> Tensor:
         group = self.groups[boundary.mesh_axis]
+        if not x.is_floating_point():
+            return all_gather(x, group, 1) if boundary.tokens else x
         return gather_from(x, group, 1) if boundary.tokens else copy_to(x, group)
 
-    def _leave(self, y: Tensor, boundary: Boundary) -> Tensor:
+    def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
         """Add up the ranks' parts; with `tokens` each goes on with its piece of the sequence."""
         group = self.groups[boundary.mesh_axis]
         return scatter_to(y, group, 1) if boundary.tokens else reduce_from(y, group)
@@ -84,7 +87,7 @@ class TorchOps:
     ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         if reduce is not None:
-            y = self._leave(F.linear(x, weight.to(x.dtype)), reduce)
+            y = self.reduce(F.linear(x, weight.to(x.dtype)), reduce)
             return y if bias is None else y + bias
         y = F.linear(x, weight.to(x.dtype), bias)
         return y if gather is None else join(y, self.groups[gather.mesh_axis], -1)[..., : self.vocab_size]
@@ -95,7 +98,7 @@ class TorchOps:
         local_BS = ids_BS - self.ranks[reduce.mesh_axis] * weight_VD.shape[0]
         here_BS = (local_BS >= 0) & (local_BS < weight_VD.shape[0])
         rows_BSD = F.embedding(local_BS.where(here_BS, 0), weight_VD).to(self.dtype)
-        return self._leave(rows_BSD * here_BS[..., None], reduce)
+        return self.reduce(rows_BSD * here_BS[..., None], reduce)
 
     def rms_norm(self, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide_BSD = x_BSD.to(_at_least_float32(x_BSD.dtype))
@@ -181,6 +184,7 @@ def make_step(
     keys: int | None = None,
     write_index_B: Tensor | None = None,
     targets_BS: Tensor | None = None,
+    penalized: bool = True,
 ) -> TorchStep:
     """The step of a forward. positions_BS: of its tokens; one row serves the whole batch.
 
@@ -195,6 +199,7 @@ def make_step(
         write_index_B=write_index_B,
         kv_positions_L=None if write_index_B is None else keys_L,
         targets_BS=targets_BS,
+        penalized=penalized,
         rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
         masks={
             key: torch.zeros(shown_B1SL.shape, dtype=dtype, device=device).masked_fill_(~shown_B1SL, -math.inf)

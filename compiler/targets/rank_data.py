@@ -1,13 +1,14 @@
 """The weights of all ranks, written beside their graphs in one pass over the model's weights.
 
 Each parameter is read once, some rows at a time, and written while the next one is read. What is in memory: a few slabs
-of rows, and of two matrices that are stored transposed the whole, in the precision of the files.
+of rows, and of two parameters whose matrices are stored transposed the whole, in the precision of the files.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from os import cpu_count
 from pathlib import Path
@@ -73,10 +74,11 @@ def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Pr
             source = placed.external.source
             if not isinstance(source, str):
                 pieces = iter([[source()] * len(files)])
-            elif placed.external.transposed:
+            elif (order := placed.external.order) is not None:
                 param = params[source]
-                whole = scratch.empty(param.shape[::-1], placed.dtype)
-                pieces = _transposed(param, weights, source, whole, len(files))
+                whole = scratch.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
+                _fill(whole, order, param, weights, source)
+                pieces = iter([[_reordered(whole, order, param, rank, placed.shape) for rank in range(len(files))]])
             else:
                 pieces = _rows(params[source], weights, source, len(files))
             for number, parts in enumerate(pieces):
@@ -134,7 +136,7 @@ class _Scratch:
 def _rows(param: Param, weights: Weights, name: str, ranks: int) -> Iterator[list[Array]]:
     """Each rank's part as it is stored, [out, in], some rows at a time."""
     slices = [_slices(param, rank) for rank in range(ranks)]
-    for rows in _slabs(param, SLAB_VALUES):
+    for rows in _slabs(param.shape[0], prod(param.shape[1:]), SLAB_VALUES):
         slab = weights.read(name, (rows, *_all(param)[1:]))
         parts: list[Array] = []
         for own, *inner in slices:
@@ -144,16 +146,24 @@ def _rows(param: Param, weights: Weights, name: str, ranks: int) -> Iterator[lis
         yield parts
 
 
-def _transposed(param: Param, weights: Weights, name: str, whole: Array, ranks: int) -> Iterator[list[Array]]:
-    """Each rank's part as [in, out], in one piece; `whole` is filled with the transposed parameter."""
+def _fill(whole: Array, order: tuple[int, ...], param: Param, weights: Weights, name: str) -> None:
+    """The parameter into `whole`, whose dims are the parameter's in another order: each of its matrices transposed."""
+    natural = whole.transpose(np.argsort(order))
+    *stack, rows, columns = param.shape
 
-    def fill(rows: slice) -> None:
-        _transpose(weights.read(name, (rows, *_all(param)[1:])), whole[:, rows])
+    def fill(place: tuple[tuple[int, ...], slice]) -> None:
+        number, part = place
+        slices = (*(slice(index, index + 1) for index in number), part, slice(None))
+        _transpose(weights.read(name, slices).reshape(-1, columns), natural[(*number, part)].T)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        for _ in pool.map(fill, _slabs(param, TILE_VALUES)):
+        for _ in pool.map(fill, product(np.ndindex(*stack), _slabs(rows, columns, TILE_VALUES))):
             pass
-    yield [whole[_slices(param, rank)[::-1]] for rank in range(ranks)]
+
+
+def _reordered(whole: Array, order: tuple[int, ...], param: Param, rank: int, shape: tuple[int, ...]) -> Array:
+    """A rank's part of what `_fill` made: a view of `whole`, or a copy where `shape` joins dims that are cut."""
+    return whole[tuple(_slices(param, rank)[dim] for dim in order)].reshape(shape)
 
 
 def _transpose(source: Array, target: Array) -> None:
@@ -171,9 +181,8 @@ def _transpose(source: Array, target: Array) -> None:
             target[column : column + TILE_COLUMNS, row : row + tile_rows] = tile.T
 
 
-def _slabs(param: Param, num_values: int) -> Iterator[slice]:
-    """Ranges of rows that cover the parameter, of about `num_values` each."""
-    rows, row_size = param.shape[0], prod(param.shape[1:])
+def _slabs(rows: int, row_size: int, num_values: int) -> Iterator[slice]:
+    """Ranges that cover so many rows, of about `num_values` each."""
     step = max(1, num_values // row_size // CACHE_LINE_BYTES) * CACHE_LINE_BYTES  # whole cache lines when transposed
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import Linear, PositionedEmbedding, SwiGLU
+from archwright.compiler.blocks import Experts, Linear, PositionedEmbedding, SwiGLU
 from archwright.compiler.interpreters import torch_module, torch_ops
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
 from archwright.compiler.interpreters.torch_module import BlockModule
@@ -144,12 +145,14 @@ def _next_position(original: Any, block: Any, ops: Any, m: Any, ids_BS: Any, ste
     return original(block, ops, m, ids_BS, step)
 
 
-def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any) -> Any:
-    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD)
+def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any, **rest: Any) -> Any:
+    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD, **rest)
 
 
-def _all_targets_count(original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor) -> Any:
-    return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0))
+def _all_targets_count(
+    original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor, **rest: Any
+) -> Any:
+    return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0), **rest)
 
 
 def _mean_of_means(original: Any, module: Any, batch: Any, micro_batches: int, device: Any) -> torch.Tensor:
@@ -169,9 +172,9 @@ def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> 
     original(module, name, owner)
 
 
-def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any) -> Any:
+def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any, **rest: Any) -> Any:
     """The head's share of a tied matrix's gradient is lost."""
-    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS)
+    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS, **rest)
 
 
 def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any) -> Any:
@@ -179,17 +182,63 @@ def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any,
         return original(ops, x, weight, bias, reduce=reduce)
     if isinstance(ops, OnnxOps):
         partial = original(ops, x, weight, bias, reduce=None)
-        return ops._all_reduce(partial, ops.degrees[reduce])
-    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce])
+        return ops._all_reduce(partial, ops.degrees[reduce.mesh_axis])
+    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce.mesh_axis])
 
 
-def _no_reduce(original: Any, block: Any) -> Any:
-    annotated = original(block)
+def _no_reduce(original: Any, block: Any, degrees: Any) -> Any:
+    annotated = original(block, degrees)
     return replace(annotated, reduce=None) if isinstance(annotated, Linear) else annotated
 
 
-def _no_enter(original: Any, block: Any) -> Any:
-    return replace(original(block), enter=None)
+def _no_enter(original: Any, block: Any, degrees: Any) -> Any:
+    return replace(original(block, degrees), enter=None)
+
+
+def _not_normalized(original: Any, ops: Any, logits_BSE: Any, indices_BSX: Any, routing: Any) -> Any:
+    return original(ops, logits_BSE, indices_BSX, replace(routing, normalize=False))
+
+
+def _reversed_experts(
+    original: Any,
+    ops: Any,
+    x_BSD: Any,
+    weights_BSX: Any,
+    indices_BSX: torch.Tensor,
+    gate_EFD: Any,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    return original(ops, x_BSD, weights_BSX, len(gate_EFD) - 1 - indices_BSX, gate_EFD, *rest, **more)
+
+
+def _reversed_numbers(original: Any, ops: OnnxOps, name: str, value: Any, dtype: Any) -> Any:
+    return original(ops, name, value[::-1] if name == f"experts/{len(np.atleast_1d(value))}" else value, dtype)
+
+
+def _one_expert_dropped(original: Any, ops: Any, x_BSD: Any, weights_BSX: torch.Tensor, *rest: Any, **more: Any) -> Any:
+    """Of the last token, as an expert of limited capacity would."""
+    kept_BSX = torch.ones_like(weights_BSX)
+    kept_BSX[:, -1, 0] = 0
+    return original(ops, x_BSD, weights_BSX * kept_BSX, *rest, **more)
+
+
+def _penalty_of_the_batch(
+    original: Any, ops: Any, logits_BSE: torch.Tensor, indices_BSX: Any, *rest: Any, **more: Any
+) -> Any:
+    """Shares over all sequences together, which depend on how these are spread over micro-batches and ranks."""
+    penalty_B = original(ops, logits_BSE.flatten(0, 1)[None], indices_BSX.flatten(0, 1)[None], *rest, **more)
+    return penalty_B.expand(len(logits_BSE))
+
+
+def _all_weights_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the routers' weights, of which each tensor rank forms a part, is not summed."""
+    monkeypatch.setattr(Experts, "num_entering", 1)
+
+
+def _experts_not_reduced(original: Any, block: Any, degrees: Any) -> Any:
+    annotated = original(block, degrees)
+    return replace(annotated, reduce=None) if isinstance(annotated, Experts) else annotated
 
 
 def _unverified(change: Patch) -> Patch:
@@ -272,6 +321,27 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "stale cache row in decode, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "kv_update", _unwritten_row)),
     "key/value heads tiled, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _tiled_heads)),
+    "weights of experts not normalised, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "routing_weights", _not_normalized)
+    ),
+    "weights of experts not normalised, ONNX": Mutation(
+        comparison=ONNX, patch=_wrap(OnnxOps, "routing_weights", _not_normalized)
+    ),
+    "experts in another order, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "experts", _reversed_experts)),
+    "experts in another order, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "constant", _reversed_numbers)),
+    "a token's expert dropped, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "experts", _one_expert_dropped)
+    ),
+    "penalties of routers dropped, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "sum_over_targets", lambda original, *args: 0 * original(*args))
+    ),
+    "penalties over the batch, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "router_penalty", _penalty_of_the_batch)
+    ),
+    "gradient of routers not summed over ranks": Mutation(comparison=TRAINED, patch=_unverified(_all_weights_partial)),
+    "all-reduce of experts missing, joined ranks": Mutation(
+        comparison=JOINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _experts_not_reduced))
+    ),
     "tied head untied, torch": Mutation(comparison=TORCH, patch=_wrap(BlockModule, "borrow", _untied)),
     "head's gradient lost": Mutation(
         comparison="torch, gradients", patch=_wrap(TorchOps, "linear_cross_entropy", _head_forgets)

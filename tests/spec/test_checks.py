@@ -21,6 +21,7 @@ class Case:
 
 
 LLAMA3 = {"kind": "llama3"}
+MOE = {"kind": "moe", "experts": 6, "hidden_size": 96}
 LAYER = {"attention": {"kind": "gqa", "heads": 4}, "ffn": {"kind": "gelu", "hidden_size": 96}}
 SECOND_RUN = "model.layers[1].layer.attention"
 CASES: dict[str, Case] = {
@@ -66,6 +67,23 @@ CASES: dict[str, Case] = {
     "supported_expert": Case("SPEC027", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
     "supported_data_shard": Case("SPEC027", {"parallel.data_shard": 2}, {"parallel.data_shard": "auto"}),
     "supported_sequence": Case("SPEC027", {"parallel.sequence": True}, {"parallel.sequence": False}),
+    "experts_per_token_exist": Case(
+        "SPEC046", {"model.layer.ffn": {**MOE, "experts_per_token": 7}}, {"model.layer.ffn.experts_per_token": 6}
+    ),
+    "expert_needs_moe": Case("SPEC047", {"parallel.expert": 2}, {"parallel.expert": 1}),
+    "expert_splits_experts": Case(
+        "SPEC048", {"model.layer.ffn": MOE, "parallel.expert": 4}, {"model.layer.ffn.experts": 8}
+    ),
+    "tensor_splits_expert": Case(
+        "SPEC023",
+        {"model.layer.ffn": {**MOE, "hidden_size": 46}, "parallel.tensor": 4},
+        {"model.layer.ffn.hidden_size": 48},
+    ),
+    "tensor_splits_shared_expert": Case(
+        "SPEC023",
+        {"model.layer.ffn": {**MOE, "shared": {"hidden_size": 42}}, "build.parallel.tensor": 4},
+        {"model.layer.ffn.shared.hidden_size": 44},
+    ),
     "sequence_fits_positions": Case("SPEC030", {"train.sequence_length": 513}, {"train.sequence_length": 512}),
     "micro_batches_divide_batch": Case("SPEC031", {"train.micro_batches": 3}, {"train.batch_size": 9}),
     "warmup_fits_steps": Case("SPEC032", {"train.steps": 4}, {"train.schedule.warmup_steps": 1}),
