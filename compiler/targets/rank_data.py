@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from math import prod
 from os import cpu_count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import NUMPY_DTYPES, External
 from archwright.compiler.ir import Param, Program
+from archwright.compiler.weights.hashed_file import HashedFile
 from archwright.compiler.weights.streaming import Weights, write_array
+from archwright.spec.manifest import FileEntry
 
 Array = NDArray[Any]
 
@@ -59,14 +61,16 @@ class Placed:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights) -> None:
-    """Write the data file of every rank.
+def write_rank_data(
+    paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights
+) -> list[FileEntry]:
+    """Write the data file of every rank, and return their hashes and sizes.
 
     program: the global one, whose parameters say how they are split.
     """
     params = program.params()
     with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
+        files = [stack.enter_context(HashedFile(path)) for path in paths]
         writer = stack.enter_context(_Writer())
         scratch = _Scratch(max((placed.num_bytes for placed in layout), default=0) * len(files))
         for placed in layout:
@@ -81,6 +85,7 @@ def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Pr
                 pieces = _rows(params[source], weights, source, len(files))
             for number, parts in enumerate(pieces):
                 writer.submit(files, placed, parts, first=number == 0)
+    return [FileEntry(sha256=file.sha256, bytes=file.num_bytes) for file in files]
 
 
 class _Writer:
@@ -91,13 +96,13 @@ class _Writer:
         self._last: Future[None] | None = None
         return self
 
-    def submit(self, files: Sequence[BinaryIO], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
+    def submit(self, files: Sequence[HashedFile], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
         """Append each rank's part to its file, behind the padding where it is the first piece of a tensor."""
 
         def write() -> None:
             for file, part in zip(files, parts, strict=True):
                 if first:
-                    file.write(bytes(placed.offset - file.tell()))
+                    file.write(bytes(placed.offset - file.num_bytes))
                 write_array(file, part, placed.dtype, part.shape, placed.name)
 
         self._wait()

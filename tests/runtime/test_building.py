@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from archwright.compiler.targets.onnx_graph import Export
 from archwright.compiler.weights.streaming import SafetensorsWeights
 from archwright.runtime import build, building, open_model, rank_weights, verify
 from archwright.runtime.artifact import Artifact, open_artifact
@@ -191,15 +192,16 @@ def test_an_artifact_whose_check_fails_is_not_written(
 ) -> None:
     original = building.export_graphs
 
-    def faulty(plan: Any, weights: Any, folder: Path, **options: Any) -> list[Path]:
-        graphs = original(plan, weights, folder, **options)
+    def faulty(plan: Any, weights: Any, folder: Path, **options: Any) -> Export:
+        export = original(plan, weights, folder, **options)
+        graphs = export.graphs
         if fault == "weights":  # one element of rank 1 is off by one bit
             content = bytearray(graphs[1].with_suffix(".data").read_bytes())
             content[0] ^= 1
             graphs[1].with_suffix(".data").write_bytes(content)
         else:
             replace_in_graphs(graphs, "scale" if fault == "linter" else "epsilon")
-        return graphs
+        return export
 
     monkeypatch.setattr(building, "export_graphs", faulty)
     error = _error(lambda: build(model_folder, tmp_path / "out", overrides={"build.parallel.tensor": 2}))
@@ -208,7 +210,7 @@ def test_an_artifact_whose_check_fails_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def replace_in_graphs(graphs: list[Path], attribute: str) -> None:
+def replace_in_graphs(graphs: Sequence[Path], attribute: str) -> None:
     """Remove `scale` from every Attention, or enlarge the norms' epsilon."""
     import onnx
 
