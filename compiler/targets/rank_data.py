@@ -12,25 +12,27 @@ from itertools import product
 from math import prod
 from os import cpu_count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import NUMPY_DTYPES, External
 from archwright.compiler.ir import Param, Program
+from archwright.compiler.weights.hashed_file import HashedFile
 from archwright.compiler.weights.streaming import Weights, write_array
+from archwright.spec.manifest import FileEntry
 
 Array = NDArray[Any]
 
-SLAB_VALUES = 1 << 24
+SLAB_VALUES = 1 << 23
 """Values that are read at once where rows are written as they come."""
 TILE_VALUES = 1 << 19
 """Values that a thread reads at once where rows are transposed: as many as its processor's cache holds."""
 SCRATCH_BYTES = 256 << 20
 """Transposed matrices up to this size are made in memory that is used again: the system takes longer to hand out fresh
 memory than the transposing takes."""
-TILE_COLUMNS = 256
+TILE_ROWS, TILE_COLUMNS = 64, 512
 CACHE_LINE_BYTES = 64
 
 
@@ -60,14 +62,16 @@ class Placed:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights) -> None:
-    """Write the data file of every rank.
+def write_rank_data(
+    paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights
+) -> list[FileEntry]:
+    """Write the data file of every rank, and return their hashes and sizes.
 
     program: the global one, whose parameters say how they are split.
     """
     params = program.params()
     with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
+        files = [stack.enter_context(HashedFile(path)) for path in paths]
         writer = stack.enter_context(_Writer())
         scratch = _Scratch(max((placed.num_bytes for placed in layout), default=0) * len(files))
         for placed in layout:
@@ -83,6 +87,7 @@ def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Pr
                 pieces = _rows(params[source], weights, source, len(files))
             for number, parts in enumerate(pieces):
                 writer.submit(files, placed, parts, first=number == 0)
+    return [FileEntry(sha256=file.sha256, bytes=file.num_bytes) for file in files]
 
 
 class _Writer:
@@ -93,13 +98,13 @@ class _Writer:
         self._last: Future[None] | None = None
         return self
 
-    def submit(self, files: Sequence[BinaryIO], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
+    def submit(self, files: Sequence[HashedFile], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
         """Append each rank's part to its file, behind the padding where it is the first piece of a tensor."""
 
         def write() -> None:
             for file, part in zip(files, parts, strict=True):
                 if first:
-                    file.write(bytes(placed.offset - file.tell()))
+                    file.write(bytes(placed.offset - file.num_bytes))
                 write_array(file, part, placed.dtype, part.shape, placed.name)
 
         self._wait()
@@ -168,17 +173,16 @@ def _reordered(whole: Array, order: tuple[int, ...], param: Param, rank: int, sh
 
 def _transpose(source: Array, target: Array) -> None:
     """target = sourceᵀ, in tiles: what is read and what is written both stay in the processor's cache, and a tile's
-    rows fill whole cache lines. Ten times faster than NumPy's own copy of a transposed array.
+    rows fill whole cache lines, several in a row. Ten times faster than NumPy's own copy of a transposed array.
     """
     source = source.astype(target.dtype, copy=False)
     if target.dtype.itemsize == 2:  # NumPy is slow at copying bfloat16, which it does not know
         source, target = source.view(np.uint16), target.view(np.uint16)
     rows, columns = source.shape
-    tile_rows = CACHE_LINE_BYTES // target.dtype.itemsize
-    for row in range(0, rows, tile_rows):
+    for row in range(0, rows, TILE_ROWS):
         for column in range(0, columns, TILE_COLUMNS):
-            tile = source[row : row + tile_rows, column : column + TILE_COLUMNS]
-            target[column : column + TILE_COLUMNS, row : row + tile_rows] = tile.T
+            tile = source[row : row + TILE_ROWS, column : column + TILE_COLUMNS]
+            target[column : column + TILE_COLUMNS, row : row + TILE_ROWS] = tile.T
 
 
 def _slabs(rows: int, row_size: int, num_values: int) -> Iterator[slice]:

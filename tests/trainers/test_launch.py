@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -10,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed
 
 from archwright.spec import ArchwrightError, Spec
-from archwright.trainers.launch import World, check_world, run_workers, world_of
+from archwright.trainers.launch import World, check_world, reserved_port, run_workers, world_of
 from archwright.trainers.metrics import read_metrics
 from archwright.trainers.training import train_in_world
 
@@ -132,6 +135,36 @@ def test_under_torchrun(spec_file: Path, make_spec: Callable[..., Spec], in_floa
     )
     assert done.returncode == 0, done.stderr
     assert_equal_trainings(tmp_path / "one", tmp_path / "two")
+
+
+def one_who_wants_any(port: int) -> socket.socket:
+    """A socket to which the system can give this port only, when it asks for any."""
+    any_one = socket.socket()
+    ip_local_port_range = 51  # Linux 6.3
+    try:
+        any_one.setsockopt(socket.IPPROTO_IP, ip_local_port_range, struct.pack("=I", port | port << 16))
+    except OSError:
+        any_one.close()
+        pytest.skip("this system has no port range for a socket")
+    return any_one
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
+def test_the_port_of_the_workers_goes_to_nobody_else() -> None:
+    """A training of two processes failed beside others that asked for ports at the same moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with reserved_port() as port:
+            for reuse in (0, 1):
+                with one_who_wants_any(port) as other, pytest.raises(OSError, match="in use"):
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+                    other.bind(("127.0.0.1", 0))
+            with one_who_wants_any(port) as other, pytest.raises(OSError, match="Cannot assign"):
+                other.connect(listener.getsockname())
+            torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True).set("here", "first worker")
+        with one_who_wants_any(port) as other:
+            other.connect(listener.getsockname())
 
 
 @pytest.fixture
