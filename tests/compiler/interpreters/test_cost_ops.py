@@ -27,8 +27,8 @@ def meta_module(program: object, device: str = "meta") -> TorchProgram:
 
 
 def counted(call: object) -> int:
-    """FLOPs by torch, attention as the two matrix products that it is: the default back end on CPUs counts none. Nor does
-    torch know that `addmm_` is `addmm`."""
+    """FLOPs by torch, attention as the two matrix products that it is: the default back end on CPUs counts none. Nor
+    does torch know that `addmm_` is `addmm`."""
     in_place = {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}
     with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
         call()  # type: ignore[operator]

@@ -131,8 +131,8 @@ def test_recomputing_changes_no_bit(name: str) -> None:
     ],
 )
 def test_what_is_kept_is_not_computed_again(name: str, attention: int, linear: int) -> None:
-    """Times that a layer's attention and its 7 matrix products run in the forward and again for the backward, which does
-    not need what the last of them gave."""
+    """Times that a layer's attention and its 7 matrix products run in the forward and again for the backward, which
+    does not need what the last of them gave."""
     module, counts = recomputing(name), Counter[str]()
 
     class Count(TorchDispatchMode):

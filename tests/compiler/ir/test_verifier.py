@@ -11,7 +11,6 @@ from archwright.compiler.ir.verifier import verify_plan, verify_program
 from archwright.compiler.passes import INFERENCE_TABLE, TRAINING_TABLE, lower, partition
 from archwright.spec import ArchwrightError, load
 
-
 TENSOR = Boundary(mesh_axis="tensor")
 TOKENS = Boundary(mesh_axis="tensor", tokens=True)
 

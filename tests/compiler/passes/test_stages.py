@@ -1,7 +1,7 @@
 """Program → pipeline stages: neighbouring segments, the heaviest stage as light as can be."""
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +30,7 @@ def test_the_heaviest_stage_is_as_light_as_can_be(data: st.DataObject) -> None:
     number = data.draw(st.integers(1, len(weights) - 1))
     stages = _lightest(weights, number)
     assert len(stages) == number and stages[0][0] == 0 and stages[-1][1] == len(weights)
-    assert all(before[1] == after[0] for before, after in zip(stages, stages[1:], strict=False))
+    assert all(before[1] == after[0] for before, after in pairwise(stages))
     assert all(stop > start for start, stop in stages)
     assert number == 1 or stages[0][1] >= 2, "the embedding is with a layer"
     assert max(sum(weights[start:stop]) for start, stop in stages) == best_by_trial(weights, number)
