@@ -312,7 +312,7 @@ def run_cost(
 
     x = tokens_BS
     if not isinstance(program.segments[0].block, Embedding | PositionedEmbedding):
-        x = Shaped(shape=(batch, sequence, program.hidden_size))
+        x = Shaped(shape=(batch, sequence, program.hidden_size), spread=program.spread)
     output = program.run(bind, x, step)
     return ProgramCost(output=output, costs=tuple(ops.costs), reads=frozenset(ops.reads), states=tuple(ops.states))
 

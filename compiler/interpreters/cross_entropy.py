@@ -86,7 +86,9 @@ def _loss_and_gradient(logits_tV: Tensor, targets_t: Tensor, rows: Rows | None) 
     largest_t1, sum_t1, picked_t1 = reduce(logits_tV, targets_t - rows.first, 1)
     all_t1 = all_reduce(largest_t1, rows.group, "max")
     pair_t2 = all_reduce(torch.cat([sum_t1 * (largest_t1 - all_t1).exp(), picked_t1], dim=1), rows.group)
-    local_t = torch.where(targets_t == -100, targets_t, targets_t - rows.first)
+    # Never negative but as the mark: a target 100 rows before the first would look like one that does not count.
+    local_t = torch.where(targets_t < rows.first, logits_tV.shape[1], targets_t - rows.first)
+    local_t = torch.where(targets_t == -100, -100, local_t)
     return gradient(logits_tV, local_t, all_t1, *pair_t2.chunk(2, dim=1))
 
 

@@ -86,6 +86,11 @@ class Program:
             if axis == "embed"
         )
 
+    @property
+    def spread(self) -> str | None:
+        """The mesh axis whose ranks share the tokens of what passes between segments, if there is one."""
+        return next((param.partial for param in self.params().values() if param.partial is not None), None)
+
     def num_params(self) -> int:
         return sum(param.size for param in self.params().values())
 

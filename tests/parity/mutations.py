@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from archwright.compiler.blocks import Experts, Linear, PositionedEmbedding, SwiGLU
-from archwright.compiler.interpreters import torch_module, torch_ops
+from archwright.compiler.distributed import context
+from archwright.compiler.interpreters import cross_entropy, torch_module, torch_ops
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
 from archwright.compiler.interpreters.torch_module import BlockModule
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import RopeTable, Split, Window
 from archwright.trainers import loop
+from archwright.trainers.batches import Batch
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 PARTITION = "archwright.compiler.passes.partition"
@@ -155,12 +157,15 @@ def _all_targets_count(
     return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0), **rest)
 
 
-def _mean_of_means(original: Any, module: Any, batch: Any, micro_batches: int, device: Any) -> torch.Tensor:
+def _mean_of_means(original: Any, trainer: Any, batch: Batch) -> Any:
     """Each piece's mean loss, and the mean of these: what averaging the ranks' losses does."""
-    losses = [original(module, piece, 1, device) / micro_batches for piece in batch.pieces(micro_batches)]
-    for parameter in module.parameters():
-        parameter.grad /= micro_batches
-    return torch.stack(losses).sum()
+    number = trainer.share.micro_batches
+    pieces = zip(np.split(batch.ids_BS, number), np.split(batch.targets_BS, number), strict=True)
+    alone = replace(trainer, share=replace(trainer.share, micro_batches=1))
+    losses, counts = zip(*[original(alone, Batch(ids_BS=ids, targets_BS=own)) for ids, own in pieces], strict=True)
+    for parameter in trainer.model.parameters.values():
+        parameter.grad /= number
+    return torch.stack(losses).mean(), sum(counts)
 
 
 def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> None:
@@ -177,9 +182,9 @@ def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, 
     return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS, **rest)
 
 
-def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any) -> Any:
+def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any, **rest: Any) -> Any:
     if reduce is None or bias is None:
-        return original(ops, x, weight, bias, reduce=reduce)
+        return original(ops, x, weight, bias, reduce=reduce, **rest)
     if isinstance(ops, OnnxOps):
         partial = original(ops, x, weight, bias, reduce=None)
         return ops._all_reduce(partial, ops.degrees[reduce.mesh_axis])
@@ -262,8 +267,37 @@ def _strided(original: Any, split: Split, shape: tuple[int, ...], rank: int) -> 
     )
 
 
+def _next_piece(original: Any, x: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
+    """Of the summed sequence each rank goes on with its neighbour's piece."""
+    return original(x.roll(x.shape[dim] // group.size(), dim), group, dim)
+
+
+def _own_gradient(original: Any, ops: TorchOps, value: Any, param: Any) -> Any:
+    return original(ops, value, replace(param, partial=None))
+
+
+def _next_rows(original: Any, ops: TorchOps, weight_VD: torch.Tensor, gather: Any) -> Any:
+    rows = original(ops, weight_VD, gather)
+    return rows and replace(rows, first=rows.first + weight_VD.shape[0])
+
+
+def _rows_of_the_next_rank(original: Any, ops: TorchOps, ids_BS: Any, weight_VD: Any, *, reduce: Any) -> Any:
+    if reduce is not None:
+        ops = replace(ops, ranks={axis: rank + 1 for axis, rank in ops.ranks.items()})
+    return original(ops, ids_BS, weight_VD, reduce=reduce)
+
+
+def _own_largest(original: Any, x: torch.Tensor, group: Any, operation: str = "sum") -> torch.Tensor:
+    return x if operation == "max" else original(x, group, operation)
+
+
+def _whole_gradient(original: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum's gradient is summed as well: what a collective that is its own transpose would do."""
+    return torch_ops.copy_to(original(x, group), group)
+
+
 TORCH, ONNX, JOINED, RANKS = "torch, float32", "ONNX Runtime", "ONNX Runtime, 2 ranks joined", "two processes, float64"
-TRAINED = "two processes, training"
+TRAINED, SEQUENCE, CONTEXT = "two processes, training", "two processes, sequence", "two processes, context"
 
 MUTATIONS: Mapping[str, Mutation] = {
     "scale is 1% larger, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _larger_scale)),
@@ -366,6 +400,24 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "gradient not summed over ranks": Mutation(
         comparison=TRAINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _no_enter))
+    ),
+    "gradient of a sum summed again": Mutation(
+        comparison=TRAINED, patch=_wrap(torch_ops, "reduce_from", _whole_gradient)
+    ),
+    "vocabulary of the loss off by one piece": Mutation(comparison=TRAINED, patch=_wrap(TorchOps, "_rows", _next_rows)),
+    "table looked up one piece off": Mutation(
+        comparison=TRAINED, patch=_wrap(TorchOps, "embed", _rows_of_the_next_rank)
+    ),
+    "largest logit not shared": Mutation(comparison=TRAINED, patch=_wrap(cross_entropy, "all_reduce", _own_largest)),
+    "reduce-scatter leaves the neighbour's piece": Mutation(
+        comparison=SEQUENCE, patch=_wrap(torch_ops, "scatter_to", _next_piece)
+    ),
+    "gradients of partial parameters not summed": Mutation(
+        comparison=SEQUENCE, patch=_wrap(TorchOps, "param", _own_gradient)
+    ),
+    "context chunks in plain order": Mutation(
+        comparison=CONTEXT,
+        patch=_wrap(context, "gathered_order", lambda original, length, *rest: original(length, *rest).sort()[0]),
     ),
     "weights cut along the wrong dim": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _wrong_dim)),
     "weights cut in strides, joined ranks": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _strided)),
