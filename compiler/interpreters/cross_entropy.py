@@ -51,7 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             part, grad_tV = _loss_and_gradient(x_tD @ matrix_VD.T, targets_t, rows)
             loss_sum += part
             if grad_x_TD is not None:
-                torch.mm(grad_tV, matrix_VD, out=grad_x_TD[start : start + chunk])
+                grad_x_TD[start : start + chunk] = grad_tV @ matrix_VD
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_tV.T, x_tD)
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
@@ -125,9 +125,7 @@ def _compiled() -> tuple[Any, Any]:
 
 def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
     """sum_ += a · b, in one kernel where the matrix product can add to a wider sum."""
-    if sum_.dtype == a.dtype:
-        sum_.addmm_(a, b)
-    elif _adds_wide(sum_.device, sum_.dtype, a.dtype):
+    if sum_.is_cuda and sum_.dtype != a.dtype and _adds_wide(sum_.device, sum_.dtype, a.dtype):
         torch.addmm(sum_, a, b, out_dtype=sum_.dtype, out=sum_)
     else:
         sum_ += a @ b

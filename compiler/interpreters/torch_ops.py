@@ -7,7 +7,6 @@ P cache capacity, T = B · S tokens.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -230,10 +229,10 @@ def _rotation(table: RopeTable, positions_BS: Tensor, dtype: torch.dtype) -> tup
     return angle_B1SH.cos().to(wide), angle_B1SH.sin().to(wide)
 
 
-@cache
 def _frequencies(table: RopeTable, device: torch.device) -> Tensor:
-    """[H/2], sent to the device once: sending waits for it."""
-    return torch.tensor(table.frequencies(), dtype=torch.float64, device=device)
+    """[H/2], sent without waiting for the device."""
+    values = torch.tensor(table.frequencies(), dtype=torch.float64)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

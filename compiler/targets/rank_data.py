@@ -168,7 +168,9 @@ def _fill(whole: Array, order: tuple[int, ...], param: Param, weights: Weights, 
 
 def _reordered(whole: Array, order: tuple[int, ...], param: Param, rank: int, shape: tuple[int, ...]) -> Array:
     """A rank's part of what `_fill` made: a view of `whole`, or a copy where `shape` joins dims that are cut."""
-    return whole[tuple(_slices(param, rank)[dim] for dim in order)].reshape(shape)
+    part = whole[tuple(_slices(param, rank)[dim] for dim in order)]
+    assert part.size == prod(shape), f"a part is {part.shape}, announced as {shape}"
+    return part.reshape(shape)
 
 
 def _transpose(source: Array, target: Array) -> None:
