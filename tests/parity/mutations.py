@@ -131,8 +131,8 @@ def _no_norm_bias(original: Any, ops: Any, x_BSD: Any, weight_D: Any, bias_D: An
     return original(ops, x_BSD, weight_D, None, eps)
 
 
-def _unscaled(original: Any, table: RopeTable) -> Any:
-    return original(replace(table, factor=None))
+def _unscaled(original: Any, table: RopeTable, *rest: Any) -> Any:
+    return original(replace(table, factor=None), *rest)
 
 
 def _first_rows_positions(original: Any, *args: Any, positions_BS: Any = None, **rest: Any) -> Any:
@@ -325,7 +325,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     "rope tables in the computation's dtype, ONNX": Mutation(
         comparison="ONNX Runtime, bfloat16 weights", patch=_wrap(OnnxOps, "_external", _narrow_onnx_tables)
     ),
-    "rope scaling forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(RopeTable, "frequencies", _unscaled)),
+    "rope scaling forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(torch_ops, "_frequencies", _unscaled)),
     "rope scaling forgotten, ONNX": Mutation(comparison=ONNX, patch=_wrap(RopeTable, "frequencies", _unscaled)),
     "learned positions counted from 1, torch": Mutation(
         comparison=TORCH, patch=_wrap(PositionedEmbedding, "forward", _next_position)
