@@ -104,14 +104,14 @@ def training_memory(
     constants: Constants | None = None,
 ) -> tuple[TrainingMemory, ...]:  # fmt: skip
     """Of each pipeline rank. sequences: of one micro-batch on one rank; constants: None counts none of them."""
-    held = [
-        float(sequences * sum(kept[kind].kept_bytes for kind in layout.segments(stage)))
-        for stage in range(len(layout.stages))
-    ]
-    masks = layout.masked * BYTES[train.precision]
+    compute, stages = BYTES[train.precision], range(len(layout.stages))
+    copies = [_made_copies(layout, stage, kept, compute) for stage in stages]
+    held = [sequences * sum(kept[kind].kept_bytes for kind in layout.segments(stage)) for stage in stages]
+    masks = layout.masked * compute
     alive = most_alive(layout, held, micro_batches=train.micro_batches, schedule=schedule)
+    made = most_alive(layout, copies, micro_batches=train.micro_batches, schedule=schedule)
     return tuple(
-        _fullest(layout, train, kept, rank, sequences, (round(most) + masks, after), constants)
+        _fullest(layout, train, kept, rank, sequences, (round(most) + masks, round(made[rank][0]), after), constants)
         for rank, (most, after) in enumerate(alive)
     )
 
@@ -133,7 +133,7 @@ class _Moment:
 
 
 def _fullest(
-    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, bool],
+    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, int, bool],
     constants: Constants | None,
 ) -> TrainingMemory:  # fmt: skip
     whole = states(layout, rank, max(4, BYTES[train.precision]))
@@ -152,14 +152,14 @@ def _fullest(
 
 
 def _moments(
-    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, bool],
+    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, int, bool],
     whole: States,
 ) -> dict[str, _Moment]:  # fmt: skip
-    """By name. Those of the first layers are in the last backward, when the others' gradients are there."""
-    compute, (activations, after) = BYTES[train.precision], alive
+    """By name. alive: bytes of activations and of copies of weights, and whether a backward has been done by then."""
+    compute, (activations, made, after) = BYTES[train.precision], alive
     wide, adds = max(4, compute), after or train.micro_batches > 1
     there = whole.gradients_bytes if adds and not layout.gathers_once else 0
-    copies = _copies(layout, rank, kept, compute, wide)
+    copies = _copies(layout, rank, kept, compute, made)
     head, tokens = _head_size(layout, rank), sequences * layout.sequence // layout.degrees.context
     forming = _loss_bytes(layout, tokens, compute) if head else 0
     # Until the backward has reached the table that shares the matrix, the head's gradient waits.
@@ -167,7 +167,7 @@ def _moments(
     waits = handed if layout.tied and rank == 0 and (layout.is_sharded or there) else 0
     working = sequences * _working_bytes(layout, rank, kept, compute)
     layers, table_grads, table = _unsharded_gradients(layout, rank, compute)
-    first = [kind for kind in layout.segments(rank)[:2] if kind != layout.kinds[-1]]
+    first = layout.segments(rank)[: 1 if rank else 2]
     opening = sequences * sum(kept[kind].kept_bytes for kind in first)
     return {
         "loss": _Moment(copies=copies["loss"], gradients=there, activations=activations, logits=forming),
@@ -211,31 +211,35 @@ def _layer_sizes(layout: Layout, rank: int) -> list[int]:
     ]
 
 
-def _copies(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: int, master: int) -> dict[str, int]:
+def _copies(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: int, made: int) -> dict[str, int]:
     """Weights in the computation's dtype at each moment: copies of masters, or what FSDP has gathered.
 
-    Copies live from the forward to the backward; a layer that is computed again makes them again. FSDP gathers embedding
-    and head for the whole step and one layer ahead of the one that is computed; without `reshard` every layer stays.
-    A pipeline gathers its stages once a step and keeps them.
+    A layer that is computed again copies its weights again. FSDP gathers embedding and head for the whole step and one
+    layer ahead of the one that is computed; without `reshard` every layer stays. A pipeline gathers its stages once a
+    step and keeps them.
     """
     if not layout.is_sharded:
-        kinds = [kind for stage in layout.rank_stages(rank) for kind in layout.segments(stage)]
-        sizes = {kind: _cast_size(layout, kind) * (compute if compute != master else 0) for kind in kinds}
-        largest = max(sizes.values(), default=0)
-        all_ = sum(0 if kept[kind].again else sizes[kind] for kind in kinds)
+        kinds = {kind for stage in layout.rank_stages(rank) for kind in layout.segments(stage)}
+        largest = max((_cast_bytes(layout, kind, compute) for kind in kinds), default=0)
         again = largest if any(kept[kind].again for kind in kinds) else 0
-        return {"loss": all_, "backward": all_ + again, "first layer": largest, "end": 0}
+        return {"loss": made, "backward": made + again, "first layer": largest, "end": 0}
     layers, ends = sorted(_layer_sizes(layout, rank), reverse=True), _ends_size(layout, rank)
+    every, two, one = (compute * (sum(layers[:number]) + ends) for number in (None, 2, 1))
     if layout.gathers_once:
-        return dict.fromkeys(("loss", "backward", "first layer", "end"), compute * (sum(layers) + ends))
-    two, kept_whole = compute * (sum(layers[:2]) + ends), compute * (sum(layers) + ends)
-    one = compute * (sum(layers[:1]) + ends)
-    loss, backward = (one, two) if layout.reshard else (kept_whole, kept_whole)
+        return dict.fromkeys(("loss", "backward", "first layer", "end"), every)
+    loss, backward = (one, two) if layout.reshard else (every, every)
     return {"loss": loss, "backward": backward, "first layer": two, "end": compute * ends}
 
 
-def _cast_size(layout: Layout, kind: int) -> int:
-    return sum(each.unsharded for each in layout.params[kind] if each.cast)
+def _made_copies(layout: Layout, stage: int, kept: tuple[Kept, ...], compute: int) -> int:
+    """Of a stage's weights, in the computation's dtype: each forward makes them, and keeps them for its backward."""
+    kinds = [kind for kind in layout.segments(stage) if not kept[kind].again]
+    return 0 if layout.is_sharded else sum(_cast_bytes(layout, kind, compute) for kind in kinds)
+
+
+def _cast_bytes(layout: Layout, kind: int, compute: int) -> int:
+    """Nothing where masters are as wide as the computation."""
+    return compute * sum(each.unsharded for each in layout.params[kind] if each.cast) if compute < 4 else 0
 
 
 def _ends_size(layout: Layout, rank: int) -> int:
