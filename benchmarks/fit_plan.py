@@ -37,7 +37,7 @@ TIME = (
     "matmul_fraction", "attention_fraction", "attention_backward_fraction", "backward_traffic", "nvlink_fraction",
     "optimizer_bytes", "step_overhead_s", "launch_s",
 )  # fmt: skip
-MEMORY = ("context_bytes", "nccl_bytes", "allocator_slack", "gradient_layers", "reduced_layers")
+MEMORY = ("context_bytes", "nccl_bytes", "allocator_slack")
 CEILINGS = {name: 1.0 for name in DEFAULTS if name.endswith("_fraction")}
 
 

@@ -36,9 +36,6 @@ TABLE: Mapping[str, Constant] = MappingProxyType(
         "context_bytes": _estimate(640 * MIB, "bytes", "CUDA context, kernels and cuBLAS workspaces of a process"),
         "nccl_bytes": _estimate(256 * MIB, "bytes/communicator", "NCCL's channels and buffers on NVLink machines"),
         "allocator_slack": _estimate(0.04, "fraction", "reserved above allocated in PyTorch's caching allocator"),
-        "gathered_layers": _estimate(2, "layers", "FSDP2 with a prefetch of one: unsharded weights that live"),
-        "gradient_layers": _estimate(1, "layers", "FSDP2: unsharded gradients in the computation's dtype that live"),
-        "reduced_layers": _estimate(2, "layers", "FSDP2: inputs of reduce-scatters, float32, that live"),
         # Arithmetic and memory traffic.
         "matmul_fraction": _measured(783 / 989, "of peak", "8192³ bf16 product on one H100, torch 2.11, 2026-11-22"),
         "attention_fraction": _estimate(0.50, "of peak", "fused attention forward, cuDNN and FlashAttention 2 on H100"),

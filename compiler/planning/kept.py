@@ -4,9 +4,10 @@ e bytes a value of the computation, w = max(4, e) where the mathematics is at le
 
     eager      every value that a backward reads (autograd's saved tensors), and the copies that a norm makes
     compiled   the cheapest set of values from which the others can be made again by elementwise work alone: a minimum
-               cut, as torch.compile's partitioner chooses. For a Llama layer: its input and the sum after attention
-               (2·D), q, k, v, attention's output (2·N·H + 2·K·H), gate and up (2·F), and roots and logarithms of rows:
-               e·(2D + 2NH + 2KH + 2F) + w·(N + 2) a token
+               cut, as torch.compile's partitioner chooses. It makes nothing again that a product of the backward reads
+               whole (to be read, it would have to be written). For a Llama layer: the input, both norms' outputs and
+               o_proj's (4·D), q, k, v, attention's output and its copy (3·N·H + 2·K·H), gate, up and their product
+               (3·F), and roots and logarithms of rows: e·(4D + 3NH + 2KH + 3F) + w·(N + 2) a token
     full       the layer's input (Chen et al. 2016); everything else is computed again
     selective  the input, and the outputs of the operations that are named; everything else is computed again
 
@@ -66,11 +67,15 @@ def eager_bytes(trace: SegmentTrace, compute_bytes: int) -> int:
 def _cut_bytes(trace: SegmentTrace, compute_bytes: int) -> int:
     nodes = trace.nodes
     fixed = {index for index, node in enumerate(nodes) if not rule_of(node.op).fusible}
+    for node in nodes:
+        rule = rule_of(node.op)
+        if rule.inputs and not rule.fusible:
+            fixed |= set(node.inputs)
     chosen = cheapest_cut(
         [node.inputs for node in nodes], [node.elements for node in nodes], fixed, _needed(trace, eager=False)
     )
-    rows = sum(_row_bytes(node, compute_bytes) for node in nodes)
-    return compute_bytes * sum(nodes[index].elements for index in chosen) + rows
+    elements = sum(nodes[index].elements * (1 + rule_of(nodes[index].op).compiled_copies) for index in chosen)
+    return compute_bytes * elements + sum(_row_bytes(node, compute_bytes) for node in nodes)
 
 
 def _row_bytes(node: Node, compute_bytes: int) -> int:

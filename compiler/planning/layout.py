@@ -41,7 +41,7 @@ class Layout:
     """degrees: the mesh. kinds: of each segment of the model, an index into `traces` and `params`.
 
     stages: see `Plan.stages`. tied: canonical name of the matrix that embedding and head share, if they do. head: it.
-    masked: values of attention masks.
+    masked: values of attention masks. reshard: whether FSDP frees a layer's weights between forward and backward.
     """
 
     degrees: Degrees
@@ -53,6 +53,7 @@ class Layout:
     head: Param
     sequence: int
     masked: int
+    reshard: bool = True
 
     @property
     def is_sharded(self) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from math import prod
 
 from archwright.compiler.ir import Plan, Program
-from archwright.compiler.planning.constants import DEFAULTS, Constants
+from archwright.compiler.planning.constants import Constants
 from archwright.compiler.planning.kept import Kept, kept
 from archwright.compiler.planning.layout import Layout, ParamSize
 from archwright.compiler.planning.step_time import most_alive
@@ -18,9 +18,10 @@ BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 class TrainingMemory:
     """Bytes on one rank at the fullest moment of a training step, and which moment that is.
 
-        loss      all activations of the micro-batches in flight, and the loss at work
-        backward  the same activations, the last layers' weights and gradients, and what is computed again
-        end       of the last backward: all gradients, and those of the first segment before they are reduced
+        loss         all activations of the micro-batches in flight, and the loss at work
+        backward     of the last layer: the same activations, the head's gradient, and what is computed again
+        first layer  its last backward: what it keeps and computes again, and the gradients of all that follow
+        end          of the last backward: all gradients, and the embedding's before it is added to them or reduced
 
     weights: masters (float32 under bfloat16). compute_weights: copies in the computation's dtype, made where they are
     used and kept for the backward; with FSDP, what is gathered. gradients: those that are there at that moment.
@@ -103,45 +104,87 @@ def training_memory(
     constants: Constants | None = None,
 ) -> tuple[TrainingMemory, ...]:  # fmt: skip
     """Of each pipeline rank. sequences: of one micro-batch on one rank; constants: None counts none of them."""
-    held = [
-        float(sequences * sum(kept[kind].kept_bytes for kind in layout.segments(stage)))
-        for stage in range(len(layout.stages))
-    ]
-    masks = layout.masked * BYTES[train.precision]
+    compute, stages = BYTES[train.precision], range(len(layout.stages))
+    copies = [_made_copies(layout, stage, kept, compute) for stage in stages]
+    held = [sequences * sum(kept[kind].kept_bytes for kind in layout.segments(stage)) for stage in stages]
+    masks = layout.masked * compute
     alive = most_alive(layout, held, micro_batches=train.micro_batches, schedule=schedule)
+    made = most_alive(layout, copies, micro_batches=train.micro_batches, schedule=schedule)
     return tuple(
-        _fullest(layout, train, kept, rank, sequences, (round(most) + masks, after), constants)
+        _fullest(layout, train, kept, rank, sequences, (round(most) + masks, round(made[rank][0]), after), constants)
         for rank, (most, after) in enumerate(alive)
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Moment:
+    """What there is at one moment, in bytes, beside masters and the optimizer's states; see TrainingMemory."""
+
+    copies: int
+    gradients: int
+    activations: int = 0
+    logits: int = 0
+    working: int = 0
+    unsharded: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.copies + self.gradients + self.activations + self.logits + self.working + self.unsharded
+
+
 def _fullest(
-    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, bool],
+    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, int, bool],
     constants: Constants | None,
 ) -> TrainingMemory:  # fmt: skip
-    compute, master = BYTES[train.precision], max(4, BYTES[train.precision])
-    whole, (activations, after) = states(layout, rank, master), alive
-    copies = _copies_bytes(layout, rank, compute, master, constants)
-    gradients, first = _unsharded_gradients(layout, rank, compute, constants)
-    forming, scaling = _loss_bytes(layout, sequences, compute) if _has_head(layout, rank) else (0, 0)
-    there = whole.gradients_bytes if (after or train.micro_batches > 1) and not layout.gathers_once else 0
-    working = sequences * _working_bytes(layout, rank, kept, compute)
-    moments = {
-        "loss": (copies, there, activations, forming, 0, 0),
-        "backward": (copies, there, activations, scaling, working, gradients),
-        "end": (copies if layout.is_sharded else 0, whole.gradients_bytes, 0, 0, working, max(gradients, first)),
-    }
-    moment = max(moments, key=lambda name: sum(moments[name]))
-    copies, there, activations, logits, working, gradients = moments[moment]
-    found = constants or {"context_bytes": 0, "nccl_bytes": 0, "allocator_slack": 0}
-    allocated = whole.weights_bytes + whole.optimizer_bytes + sum(moments[moment])
+    whole = states(layout, rank, max(4, BYTES[train.precision]))
+    moments = _moments(layout, train, kept, rank, sequences, alive, whole)
+    moment = max(moments, key=lambda name: moments[name].total)
+    most, found = moments[moment], constants or {"context_bytes": 0, "nccl_bytes": 0, "allocator_slack": 0}
+    allocated = whole.weights_bytes + whole.optimizer_bytes + most.total
+    streams = max(0, _streams_bytes(layout, rank, BYTES[train.precision]) - most.unsharded) if constants else 0
     return TrainingMemory(
-        moment=moment, weights_bytes=whole.weights_bytes, compute_weights_bytes=copies, gradients_bytes=there,
-        optimizer_bytes=whole.optimizer_bytes, activations_bytes=activations, logits_bytes=logits,
-        working_bytes=working, unsharded_gradients_bytes=gradients, context_bytes=round(found["context_bytes"]),
-        nccl_bytes=round(found["nccl_bytes"] * _communicators(layout)),
-        allocator_bytes=round(found["allocator_slack"] * allocated),
+        moment=moment, weights_bytes=whole.weights_bytes, compute_weights_bytes=most.copies,
+        gradients_bytes=most.gradients, optimizer_bytes=whole.optimizer_bytes, activations_bytes=most.activations,
+        logits_bytes=most.logits, working_bytes=most.working, unsharded_gradients_bytes=most.unsharded,
+        context_bytes=round(found["context_bytes"]), nccl_bytes=round(found["nccl_bytes"] * _communicators(layout)),
+        allocator_bytes=round(found["allocator_slack"] * allocated) + streams,
     )  # fmt: skip
+
+
+def _moments(
+    layout: Layout, train: Train, kept: tuple[Kept, ...], rank: int, sequences: int, alive: tuple[int, int, bool],
+    whole: States,
+) -> dict[str, _Moment]:  # fmt: skip
+    """By name. alive: bytes of activations and of copies of weights, and whether a backward has been done by then."""
+    compute, (activations, made, after) = BYTES[train.precision], alive
+    wide, adds = max(4, compute), after or train.micro_batches > 1
+    there = whole.gradients_bytes if adds and not layout.gathers_once else 0
+    copies = _copies(layout, rank, kept, compute, made)
+    head, tokens = _head_size(layout, rank), sequences * layout.sequence // layout.degrees.context
+    forming = _loss_bytes(layout, tokens, compute) if head else 0
+    # Until the backward has reached the table that shares the matrix, the head's gradient waits.
+    handed = head * (compute if layout.is_sharded else wide)
+    waits = handed if layout.tied and rank == 0 and (layout.is_sharded or there) else 0
+    working = sequences * _working_bytes(layout, rank, kept, compute)
+    layers, table_grads, table = _unsharded_gradients(layout, rank, compute)
+    first = layout.segments(rank)[: 1 if rank else 2]
+    opening = sequences * sum(kept[kind].kept_bytes for kind in first)
+    return {
+        "loss": _Moment(copies=copies["loss"], gradients=there, activations=activations, logits=forming),
+        "backward": _Moment(
+            copies=copies["backward"], gradients=there, activations=activations, logits=handed, working=working,
+            unsharded=layers,
+        ),
+        "first layer": _Moment(
+            copies=copies["first layer"], gradients=0 if layout.gathers_once else whole.gradients_bytes,
+            activations=opening, logits=waits, working=working, unsharded=layers,
+        ),
+        "end": _Moment(
+            copies=copies["end"], gradients=whole.gradients_bytes, logits=waits,
+            working=tokens * layout.head.shape[1] * (compute + wide) if rank == 0 else 0,
+            unsharded=table_grads if layout.is_sharded else table * wide if layout.tied or there else 0,
+        ),
+    }  # fmt: skip
 
 
 def _communicators(layout: Layout) -> int:
@@ -151,8 +194,10 @@ def _communicators(layout: Layout) -> int:
     return len(sizes) + (1 if joins else 0) + (1 if len(sizes) > 1 else 0)
 
 
-def _has_head(layout: Layout, rank: int) -> bool:
-    return len(layout.stages) - 1 in layout.rank_stages(rank)
+def _head_size(layout: Layout, rank: int) -> int:
+    """Elements of the head on a rank, before FSDP; 0 where another has it."""
+    rows, columns = local_head(layout)
+    return rows * columns if len(layout.stages) - 1 in layout.rank_stages(rank) else 0
 
 
 def _layer_sizes(layout: Layout, rank: int) -> list[int]:
@@ -166,17 +211,35 @@ def _layer_sizes(layout: Layout, rank: int) -> list[int]:
     ]
 
 
-def _copies_bytes(layout: Layout, rank: int, compute: int, master: int, constants: Constants | None) -> int:
-    """Copies of matrices in the computation's dtype; with FSDP: the gathered layers, embedding and head.
+def _copies(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: int, made: int) -> dict[str, int]:
+    """Weights in the computation's dtype at each moment: copies of masters, or what FSDP has gathered.
 
-    A pipeline gathers its stages once a step and keeps them.
+    A layer that is computed again copies its weights again. FSDP gathers embedding and head for the whole step and one
+    layer ahead of the one that is computed; without `reshard` every layer stays. A pipeline gathers its stages once a
+    step and keeps them.
     """
     if not layout.is_sharded:
-        cast = sum(each.unsharded for each in rank_params(layout, rank) if each.cast)
-        return cast * compute if compute != master else 0
-    number = None if layout.gathers_once else round((constants or DEFAULTS)["gathered_layers"])
-    layers = sorted(_layer_sizes(layout, rank), reverse=True)[:number]
-    return compute * (sum(layers) + _ends_size(layout, rank))
+        kinds = {kind for stage in layout.rank_stages(rank) for kind in layout.segments(stage)}
+        largest = max((_cast_bytes(layout, kind, compute) for kind in kinds), default=0)
+        again = largest if any(kept[kind].again for kind in kinds) else 0
+        return {"loss": made, "backward": made + again, "first layer": largest, "end": 0}
+    layers, ends = sorted(_layer_sizes(layout, rank), reverse=True), _ends_size(layout, rank)
+    every, two, one = (compute * (sum(layers[:number]) + ends) for number in (None, 2, 1))
+    if layout.gathers_once:
+        return dict.fromkeys(("loss", "backward", "first layer", "end"), every)
+    loss, backward = (one, two) if layout.reshard else (every, every)
+    return {"loss": loss, "backward": backward, "first layer": two, "end": compute * ends}
+
+
+def _made_copies(layout: Layout, stage: int, kept: tuple[Kept, ...], compute: int) -> int:
+    """Of a stage's weights, in the computation's dtype: each forward makes them, and keeps them for its backward."""
+    kinds = [kind for kind in layout.segments(stage) if not kept[kind].again]
+    return 0 if layout.is_sharded else sum(_cast_bytes(layout, kind, compute) for kind in kinds)
+
+
+def _cast_bytes(layout: Layout, kind: int, compute: int) -> int:
+    """Nothing where masters are as wide as the computation."""
+    return compute * sum(each.unsharded for each in layout.params[kind] if each.cast) if compute < 4 else 0
 
 
 def _ends_size(layout: Layout, rank: int) -> int:
@@ -185,21 +248,35 @@ def _ends_size(layout: Layout, rank: int) -> int:
     return everything - sum(_layer_sizes(layout, rank))
 
 
-def _unsharded_gradients(layout: Layout, rank: int, compute: int, constants: Constants | None) -> tuple[int, int]:
-    """FSDP's gradients before they are reduced, in the computation's dtype and widened: (layers', the embedding's).
+def _unsharded_gradients(layout: Layout, rank: int, compute: int) -> tuple[int, int, int]:
+    """(FSDP's gradients of layers before they are reduced, those of the embedding in bytes; its elements).
 
+    FSDP2 has one layer's in the computation's dtype, and widened those that it reduces and those reduced before, whose
+    memory it frees when the next are ready. Of a shared matrix the two readers' gradients are narrow.
     A pipeline adds up whole wide gradients, and reduces them in the last backward.
     """
+    wide = max(4, compute)
+    table = sum(each.unsharded for each in layout.params[layout.kinds[0]]) if rank == 0 else 0
     if not layout.is_sharded:
-        return 0, 0
-    found, wide = constants or DEFAULTS, max(4, compute)
+        return 0, 0, table
     if layout.gathers_once:
         whole = wide * sum(each.unsharded for each in rank_params(layout, rank))
-        return whole, whole
+        return whole, whole, table
     largest = max(_layer_sizes(layout, rank), default=0)
-    layers = round(largest * (found["gradient_layers"] * compute + found["reduced_layers"] * wide))
-    table = sum(each.unsharded for each in layout.params[layout.kinds[0]]) if rank == 0 else 0
-    return layers, table * (compute + wide)
+    return largest * (compute + 2 * wide), table * (compute + wide), table
+
+
+def _streams_bytes(layout: Layout, rank: int, compute: int) -> int:
+    """What FSDP2 gathers and reduces through, on streams of its own whose memory no other stream can use.
+
+    Of the largest group of n elements over r ranks: input and output of the gather, e·n·(1 + 1 / r), of the reduction,
+    w·n·(1 + 1 / r).
+    """
+    if not layout.is_sharded:
+        return 0
+    kinds = {kind for stage in layout.rank_stages(rank) for kind in layout.segments(stage)}
+    largest = max(sum(each.unsharded for each in layout.groups[kind]) for kind in kinds)
+    return (compute + max(4, compute)) * (largest + largest // layout.degrees.shard)
 
 
 def _working_bytes(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: int) -> int:
@@ -211,20 +288,19 @@ def _working_bytes(layout: Layout, rank: int, kept: tuple[Kept, ...], compute: i
     return max((kept[kind].peak_bytes + 3 * compute * largest[kind] for kind in kinds), default=0)
 
 
-def _loss_bytes(layout: Layout, sequences: int, compute: int) -> tuple[int, int]:
-    """(while the loss forms its gradient, while the backward hands it on).
+def _loss_bytes(layout: Layout, tokens: int, compute: int) -> int:
+    """While the loss forms its gradients.
 
-    Forming: one chunk of logits and their gradient in the computation's dtype; the head's gradient, V · D wide values;
-    under bfloat16 the head's copy in that dtype. Handing on: the head's gradient, and with FSDP a narrow copy of it and
-    the wide input of the reduction.
+    A chunk of logits and their gradient in the computation's dtype, from the second chunk on beside the gradient of the
+    one before; the gradient of what the loss reads; the head's gradient, V · D wide values; under bfloat16 the head's
+    copy in that dtype.
     """
     wide = max(4, compute)
     rows, columns = local_head(layout)
-    tokens = sequences * layout.sequence // layout.degrees.context
-    narrow = 0 if compute == wide else compute
-    copy = 0 if layout.is_sharded else narrow
-    forming = loss_chunk(layout, compute, tokens) * rows * 2 * compute + rows * columns * (wide + copy)
-    return forming, rows * columns * (wide + (narrow + wide if layout.is_sharded else 0))
+    copy = 0 if layout.is_sharded or compute == wide else compute
+    chunk = loss_chunk(layout, compute, tokens)
+    chunks = (2 if chunk == tokens else 3) * chunk * rows * compute
+    return chunks + tokens * columns * compute + rows * columns * (wide + copy)
 
 
 def inference_memory(plan: Plan, build: Build, constants: Constants | None = None) -> InferenceMemory:

@@ -8,7 +8,7 @@ nothing. Hand-offs between stages delay the receiver only.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from archwright.compiler.planning.kept import Kept
@@ -268,7 +268,7 @@ def _muon_s(per_rank: list[list[ParamSize]], layout: Layout, setting: Setting, e
     return worst
 
 
-def most_alive(layout: Layout, held: list[float], *, micro_batches: int, schedule: str) -> list[tuple[float, bool]]:
+def most_alive(layout: Layout, held: Sequence[float], *, micro_batches: int, schedule: str) -> list[tuple[float, bool]]:
     """For each pipeline rank: see `alive`. held: bytes of each stage's forward."""
     degrees = layout.degrees
     simulated = min(micro_batches, _MOST_MICRO_BATCHES * degrees.pipeline) if schedule != "gpipe" else micro_batches

@@ -56,6 +56,7 @@ def _memory(report: PlanReport) -> list[str]:
 _MOMENTS = {
     "loss": "in the loss of the last micro-batch",
     "backward": "as the backward begins",
+    "first layer": "in the last backward of the first layer",
     "end": "as the last backward ends",
 }
 

@@ -22,7 +22,7 @@ class Rule:
     fusible: elementwise or a row at a time, so that a compiler recomputes its result from what it read for no traffic
     of its own. view: no new memory. eager_wide, eager_narrow: further copies of the result that an uncompiled operation
     keeps, in at least float32 and in the computation's dtype; eager_inputs: whether it then needs its inputs as well.
-    row_values: further float32 values a row.
+    compiled_copies: further copies that a compiled layer keeps. row_values: further float32 values a row.
     """
 
     inputs: bool = True
@@ -32,13 +32,15 @@ class Rule:
     eager_inputs: bool = True
     eager_wide: int = 0
     eager_narrow: int = 0
+    compiled_copies: int = 0
     row_values: int = 0
 
 
 _DEFAULT = Rule(output=True)
 RULES: Mapping[str, Rule] = {
     "linear": Rule(),
-    "attention": Rule(output=True, row_values=1),  # the softmax's logarithm; a row is a head's token
+    # A row is a head's token: the softmax's logarithm. The kernel gives [B, N, S, H], the product after it reads a copy.
+    "attention": Rule(output=True, compiled_copies=1, row_values=1),
     "embed": Rule(inputs=False),
     "rms_norm": Rule(fusible=True, eager_inputs=False, eager_wide=1, eager_narrow=1, row_values=1),  # the root
     "layer_norm": Rule(fusible=True, eager_inputs=False, eager_wide=1, row_values=2),  # mean and deviation

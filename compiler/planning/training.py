@@ -1,6 +1,6 @@
 """The estimate of a training step on a mesh: memory of each pipeline rank, time, and what bounds it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from archwright.compiler.ir import Degrees
 from archwright.compiler.planning.kept import Kept
@@ -68,6 +68,7 @@ def memory_of(
     layout: Layout, parallel: Parallel, train: Train, cluster: Cluster | None
 ) -> tuple[tuple[Kept, ...], tuple[TrainingMemory, ...]]:
     """What each kind of segment keeps, and the memory of each pipeline rank."""
+    layout = replace(layout, reshard=parallel.reshard)
     compiled = train.compile is not False  # auto: on a GPU, and a plan is of GPUs
     kept = kept_by_kind(layout, train, compiled=compiled)
     memory = training_memory(
@@ -79,6 +80,7 @@ def memory_of(
 
 def estimate(layout: Layout, parallel: Parallel, train: Train, cluster: Cluster | None) -> Estimate:
     """Of training the model of a layout on its mesh."""
+    layout = replace(layout, reshard=parallel.reshard)
     degrees, muon = layout.degrees, train.optimizer.kind == "muon"
     compute, master = BYTES[train.precision], max(4, BYTES[train.precision])
     compiled, sequences = train.compile is not False, sequences_of(train, degrees)
