@@ -28,7 +28,7 @@ class Options:
     """How modules compute. dtype: of the parameters; compute_dtype: of the computation.
 
     compile_layers: None, or options for torch.compile. reshard: whether FSDP frees a layer's weights between its
-    forward and its backward, and gathers them twice.
+    forward and its backward, and gathers them twice. token_dim: see `TorchOps`.
     """
 
     dtype: torch.dtype
@@ -37,6 +37,7 @@ class Options:
     checkpointing: Checkpointing | None = None
     compile_layers: Mapping[str, object] | None = None
     reshard: bool = True
+    token_dim: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +117,7 @@ def _build(plan: Plan, number: int, mesh: Mesh | None, options: Options) -> Torc
         dtype=options.compute_dtype,
         vocab_size=plan.program.vocab_size,
         sequence=plan.degrees.sequence,
+        token_dim=options.token_dim,
         groups={} if mesh is None else mesh.groups,
         ranks={} if mesh is None else mesh.ranks,
     )

@@ -178,7 +178,7 @@ class TorchProgram(nn.Module):
         x, penalty_B = x if isinstance(x, tuple) else (x, None)
         context, keys, length = self.ops.groups.get("context"), visible, x.shape[1]
         if not self.begins:
-            length *= (1 if context is None else context.size()) * self._token_ranks()
+            length *= (1 if context is None else context.size()) * self._token_ranks(1)
         if context is not None:
             own_S, keys = positions_of(length, context.size(), context.rank(), x.device), length
             positions_BS = own_S[None]
@@ -201,16 +201,16 @@ class TorchProgram(nn.Module):
         and once there has been a router the penalties [B]."""
         batch, length = ids_BS.shape
         context = self.ops.groups.get("context")
-        own = length // (1 if context is None else context.size()) // self._token_ranks()
-        hidden = ((batch, own, self.program.hidden_size), self.ops.dtype)
+        own = length // (1 if context is None else context.size()) // self._token_ranks(1)
+        hidden = ((batch // self._token_ranks(0), own, self.program.hidden_size), self.ops.dtype)
         if not (self.follows_router and self.training):
             return [hidden]
         return [hidden, ((batch,), torch.promote_types(self.ops.dtype, torch.float32))]
 
-    def _token_ranks(self) -> int:
-        """Ranks among which the tokens between two stages are spread, beside those of the context axis."""
+    def _token_ranks(self, dim: int) -> int:
+        """Tensor ranks among which a dim of [B, S, D] is cut between two stages."""
         group = self.ops.groups.get("tensor")
-        return group.size() if group is not None and self.ops.sequence else 1
+        return group.size() if group is not None and self.ops.sequence and self.ops.token_dim == dim else 1
 
     @property
     def begins(self) -> bool:

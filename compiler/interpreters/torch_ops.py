@@ -43,25 +43,27 @@ class TorchOps(TorchMoe):
     dtype: of the computation; parameters may be wider (float32 masters under bfloat16), each use casts them.
     groups, ranks: mesh axis → process group and this rank's coordinate on it; axes of one rank are left out.
     vocab_size: rows of the whole vocabulary, where ranks share them.
-    sequence: whether tensor ranks share the tokens between the matrices.
+    sequence: whether tensor ranks share the tokens between the matrices. token_dim: along which dim of [B, S, D]; the
+    pieces of whole sequences (0) are joined without a copy, and routers need pieces of each sequence (1).
     """
 
     dtype: torch.dtype
     vocab_size: int = 0
     sequence: bool = False
+    token_dim: int = 1
     groups: Mapping[str, ProcessGroup] = field(default_factory=dict[str, ProcessGroup])
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def enter(self, x: Tensor, boundary: Boundary) -> Tensor:
         group = self.groups[boundary.mesh_axis]
         if not x.is_floating_point():
-            return all_gather(x, group, 1) if boundary.tokens else x
-        return gather_from(x, group, 1) if boundary.tokens else copy_to(x, group)
+            return all_gather(x, group, self.token_dim) if boundary.tokens else x
+        return gather_from(x, group, self.token_dim) if boundary.tokens else copy_to(x, group)
 
     def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
-        """Add up the ranks' parts; with `tokens` each goes on with its piece of the sequence."""
+        """Add up the ranks' parts; with `tokens` each goes on with its piece."""
         group = self.groups[boundary.mesh_axis]
-        return scatter_to(y, group, 1) if boundary.tokens else reduce_from(y, group)
+        return scatter_to(y, group, self.token_dim) if boundary.tokens else reduce_from(y, group)
 
     def param(self, value: Tensor, param: Param) -> Tensor:
         """The part of a parameter that this rank computes with."""

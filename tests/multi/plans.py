@@ -70,6 +70,9 @@ MESHES: dict[str, Mesh] = {
     "data_shard 2, checkpointing": Mesh(processes=2, settings={"parallel.data_shard": 2, **FULL}),
     "tensor 2": _mesh(2, tensor=2),
     "tensor 2, sequence": _mesh(2, tensor=2, sequence=True),
+    "tensor 2, sequence, single rows": Mesh(
+        processes=2, settings={"parallel.tensor": 2, "parallel.sequence": True, "train.micro_batches": 8}
+    ),
     "tensor 2, sequence, selective": Mesh(
         processes=2, settings={"parallel.tensor": 2, "parallel.sequence": True, **SELECTIVE}
     ),
