@@ -33,10 +33,7 @@ from archwright.compiler.planning.training import estimate
 from archwright.spec import Spec, load
 
 PULL = 0.002
-TIME = (
-    "matmul_fraction", "attention_fraction", "attention_backward_fraction", "backward_traffic", "nvlink_fraction",
-    "optimizer_bytes", "step_overhead_s", "launch_s",
-)  # fmt: skip
+TIME = ("backward_traffic", "context_attention", "overlap_cost", "step_overhead_s")
 MEMORY = ("context_bytes", "nccl_bytes", "allocator_slack")
 CEILINGS = {name: 1.0 for name in DEFAULTS if name.endswith("_fraction")}
 
