@@ -265,7 +265,7 @@ def trace(
             x = tokens_BS
         x = CostScope(segment.block, segment.path, ops, sites)(x, step, *(() if segment.path else penalties))
         if segment.path and isinstance(x, tuple):
-            x, *penalties_ = x
-            penalties = tuple(each for each in penalties_ if each is not None) or penalties
+            x, *own = x
+            penalties = tuple(Shaped(shape=each.shape) for each in own if each is not None) or penalties
         ops.end(x, ops.costs[before:])
     return ops.segments
