@@ -168,7 +168,9 @@ def main() -> None:
     arguments.add_argument("runs", type=Path, nargs="+", help="lines of JSON, or results of --compare (.json)")
     arguments.add_argument("--free", default=",".join(TIME + MEMORY), help="constants that may change")
     arguments.add_argument("--compare", action="store_true", help="fit nothing; write measured beside planned")
-    arguments.add_argument("--measured-on", default=MEASURED_ON, help="with --compare: hardware and versions of the runs")
+    arguments.add_argument(
+        "--measured-on", default=MEASURED_ON, help="with --compare: hardware and versions of the runs"
+    )
     arguments.add_argument("-o", "--output", type=Path, help="write the machine file, or the comparison, there")
     given = arguments.parse_args()
     runs = read_runs(given.runs)
