@@ -30,7 +30,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
     elif weights is None and write_weights:
         help = "give a model folder or a run, or set build.weights to {kind: generated}"
         raise ArchwrightError("BUILD006", "a spec has no weights", help=help)
-    return onnx_graph.export_graphs(
+    export = onnx_graph.export_graphs(
         plan,
         weights if write_weights else None,
         Path(folder),
@@ -38,3 +38,4 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         capacity=spec.build.max_positions or spec.model.max_positions,
         spec_digest=spec_digest(spec),
     )
+    return list(export.graphs)

@@ -3,10 +3,12 @@
 from collections import Counter
 
 from archwright.spec import Spec
-from archwright.spec.models import Layer, LayerRun, Model, Parallel
+from archwright.spec.models import Ffn, Layer, LayerRun, Model, MoeFfn, Parallel
 
 MAX_HIDDEN = 512
 MAX_FFN = 1024
+MAX_EXPERTS = 4
+MAX_EXPERT_FFN = 256
 MAX_VOCAB = 1024
 MAX_POSITIONS = 1024
 LAYERS = 2
@@ -14,7 +16,7 @@ LAYERS = 2
 
 def reduced(spec: Spec) -> Spec:
     """`spec` with at most two layers of each kind, in order, and hidden size ≤ 512, vocabulary ≤ 1,024, feed-forward
-    ≤ 1,024 and ≤ 1,024 positions.
+    ≤ 1,024, ≤ 1,024 positions, and 4 experts (or as many as a token goes through) of ≤ 256.
 
     Kept are the width of a head, the query heads to each key/value head, and how key/value heads meet the tensor
     degree of `build`: split (one to each rank is enough) or replicated (all of them are needed). Sections that
@@ -51,10 +53,20 @@ def _small(model: Model, layer: Layer, degree: int) -> Layer:
         "kv_heads": few,
         "head_dim": model.head_dim(attention),
     }
-    inner = min(layer.ffn.hidden_size, MAX_FFN // degree * degree)
     return layer.model_copy(
         update={
             "attention": attention.model_copy(update=sizes),
-            "ffn": layer.ffn.model_copy(update={"hidden_size": inner}),
+            "ffn": _small_ffn(layer.ffn, degree),
         }
     )
+
+
+def _small_ffn(ffn: Ffn, degree: int) -> Ffn:
+    widest = MAX_FFN // degree * degree
+    sizes: dict[str, object] = {"hidden_size": min(ffn.hidden_size, widest)}
+    if isinstance(ffn, MoeFfn):
+        sizes["hidden_size"] = min(ffn.hidden_size, MAX_EXPERT_FFN // degree * degree)
+        sizes["experts"] = min(ffn.experts, max(MAX_EXPERTS, ffn.experts_per_token))
+        if ffn.shared is not None:
+            sizes["shared"] = ffn.shared.model_copy(update={"hidden_size": min(ffn.shared.hidden_size, widest)})
+    return ffn.model_copy(update=sizes)

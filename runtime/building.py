@@ -14,7 +14,7 @@ from typing import Any, Literal
 from archwright.compiler.passes import degrees_of, lower
 from archwright.compiler.planning import check_plan
 from archwright.compiler.targets.network_check import planned_network
-from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.targets.onnx_graph import Export, export_graphs
 from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
 from archwright.compiler.weights.folder import open_folder
@@ -72,7 +72,7 @@ def build(
     with atomic_folder(out) as folder:
         start = time.perf_counter()
         artifact = Artifact(folder, _artifact_spec(opened.spec))
-        _write(artifact, opened, progress)
+        export = _write(artifact, opened, progress)
         exported_s = time.perf_counter() - start
         checks = tuple(content_checks(artifact, source=opened.weights, progress=progress))
         report = Report(path=out, checks=checks)
@@ -94,8 +94,7 @@ def build(
             details["toolchain"]["tensorrt"] = tensorrt_title(tensorrt)
             details["engines"] = {name: {"layers": dict(engine.layers)} for name, engine in engines.items()}
             measured["engine_s"] = {name: engine.seconds for name, engine in engines.items()}
-        measured[SEAL] = seal(details, measured, spec_digest(artifact.spec))
-        write_manifest(folder, kind="artifact", spec=artifact.spec, details=details, measured=measured)
+        _list_files(artifact, export, details, measured)
     return report
 
 
@@ -147,14 +146,14 @@ def _artifact_spec(spec: Spec) -> Spec:
     return spec.model_copy(update=parts | {"build": spec.build.model_copy(update={"max_positions": capacity})})
 
 
-def _write(artifact: Artifact, opened: _Source, progress: Progress) -> None:
+def _write(artifact: Artifact, opened: _Source, progress: Progress) -> Export:
     ranks = len(artifact.graphs)
     progress(f"writing the graph{'s' if ranks > 1 else ''} and weights of {ranks} rank{'s' if ranks > 1 else ''}")
     (artifact.path / "spec.yaml").write_text(dump(artifact.spec))
     if opened.tokenizer is not None:
         for file in open_tokenizer(opened.tokenizer).files():
             shutil.copyfile(file, artifact.path / file.name)
-    export_graphs(
+    return export_graphs(
         artifact.plan,
         opened.weights,
         artifact.path,
@@ -162,6 +161,13 @@ def _write(artifact: Artifact, opened: _Source, progress: Progress) -> None:
         capacity=artifact.capacity,
         spec_digest=spec_digest(artifact.spec),
     )
+
+
+def _list_files(artifact: Artifact, export: Export, details: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Write the sealed manifest, the last file of an artifact."""
+    spec = artifact.spec
+    sealed = measured | {SEAL: seal(details, measured, spec_digest(spec))}
+    write_manifest(artifact.path, kind="artifact", spec=spec, details=details, measured=sealed, known=export.data)
 
 
 def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) -> dict[str, EngineSummary]:

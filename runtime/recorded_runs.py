@@ -136,7 +136,7 @@ class TorchRun(Recorder):
         with self._torch.inference_mode():
             if call.new_cache:
                 self._module.bind_cache(self._module.make_cache(batch=len(call.ids_BS), positions=call.new_cache))
-            self._recording.begin([self._torch.from_numpy(value.astype(np.float32)) for value in expected])
+            self._recording.begin([self._torch.from_numpy(_as_fed(value)) for value in expected])
             ids_BS, positions_BS, write_index_B = (
                 self._torch.from_numpy(np.array(x, np.int64))
                 for x in (call.ids_BS, call.positions_BS, call.write_index_B)
@@ -185,12 +185,17 @@ class OnnxRun(Recorder):
             for rank, name in enumerate(names):
                 if name is not None:
                     part = rank_part(whole, self._shapes[name], rank, self._ranks)
-                    feeds[CUT + name] = np.ascontiguousarray(part, np.float32)
+                    feeds[CUT + name] = np.ascontiguousarray(_as_fed(part))
         presents = {name: name.replace("past.", "present.") for name in self._caches}
         outputs = [*self._shapes, *presents.values()]
         found = dict(zip(outputs, self._session.run(outputs, feeds), strict=True))
         self._caches = {name: found[present] for name, present in presents.items()}
         return ([None if name is None else found[name] for name in names] for names in self._values)
+
+
+def _as_fed(value: Array) -> Array:
+    """The oracle's value in the target's type: indices stay integers."""
+    return value.astype(np.int64 if np.issubdtype(value.dtype, np.integer) else np.float32)
 
 
 def _on_ranks(name: str, made: set[str], ranks: int) -> tuple[str | None, ...]:

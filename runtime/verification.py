@@ -25,7 +25,7 @@ from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_graphs
 from archwright.runtime.numerics import Comparison, compare
-from archwright.runtime.rank_weights import RankWeights, differing_ranks, differing_source, not_finite
+from archwright.runtime.rank_weights import RankWeights, Sample, differing_ranks, differing_source, not_finite
 from archwright.spec import ArchwrightError, Spec, load, spec_digest
 from archwright.spec.manifest import MANIFEST, Manifest, check_manifest
 
@@ -206,11 +206,13 @@ def _linter(artifact: Artifact) -> Iterator[str]:
 
 def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
     weights = RankWeights(artifact)
-    sampled = numeric_scope(artifact.spec) == "reduced"
-    yield from differing_ranks(weights, sampled=sampled)
-    yield from not_finite(weights, sampled=sampled)
+    sample: Sample = "all"
+    if numeric_scope(artifact.spec) == "reduced":
+        sample = "rows" if source is None else "windows"
+    yield from differing_ranks(weights, sample=sample)
+    yield from not_finite(weights, sample=sample)
     if source is not None:
-        yield from differing_source(weights, source, sampled=sampled)
+        yield from differing_source(weights, source, sample=sample)
 
 
 def _numbers(artifact: Artifact) -> Iterator[Comparison]:

@@ -11,8 +11,8 @@ def spec_digest(spec: Spec) -> str:
     """SHA-256 of the model section's canonical JSON, in hexadecimal: equal for specs whose models compute the same.
 
     Defaults are written out (`kv_heads`, `head_dim` too), keys sorted, and the stack is the list of its layers, however
-    it is written. Name, paths, training and build do not count, nor does `init`, which says how weights begin and not
-    what they mean.
+    it is written. Name, paths, training and build do not count, nor do `init`, which says how weights begin and not
+    what they mean, and the penalties of routers, which say how weights are trained.
     """
     model = spec.model
     section = model.model_dump(mode="json", exclude={"init", "layer", "layers"})
@@ -34,6 +34,8 @@ def _merged(model: Model) -> list[tuple[int, Layer]]:
 
 def _canonical(model: Model, layer: Layer) -> dict[str, Any]:
     section = layer.model_dump(mode="json")
+    for penalty in ("balance_loss", "z_loss"):
+        section["ffn"].pop(penalty, None)
     attention = section["attention"]
     attention["kv_heads"] = attention["kv_heads"] or attention["heads"]
     attention["head_dim"] = model.head_dim(layer.attention)

@@ -1,6 +1,7 @@
 """`manifest.json`: what a folder is, and the SHA-256 of every file in it."""
 
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -41,16 +42,29 @@ class Manifest(Node):
 
 
 def write_manifest(
-    folder: Path, *, kind: Kind, spec: Spec | None, details: dict[str, Any], measured: dict[str, Any] | None = None
+    folder: Path,
+    *,
+    kind: Kind,
+    spec: Spec | None,
+    details: dict[str, Any],
+    measured: dict[str, Any] | None = None,
+    known: Mapping[Path, FileEntry] | None = None,
 ) -> Manifest:
-    """Hashes every file in `folder` and writes its manifest, byte-equal for equal files, details and measurements."""
+    """Hashes every file in `folder` and writes its manifest, byte-equal for equal files, details and measurements.
+
+    known: entries of files whose writer hashed them on the way; these are not read again.
+    """
     names = sorted(_file_names(folder))
+
+    def entry_of(name: str) -> FileEntry:
+        return (known or {}).get(folder / name) or _entry(folder / name)
+
     with ThreadPoolExecutor() as pool:
-        hashes = list(pool.map(sha256_file, [folder / name for name in names]))
-    files = {
-        name: FileEntry(sha256=sha256, bytes=(folder / name).stat().st_size)
-        for name, sha256 in zip(names, hashes, strict=True)
-    }
+        entries = list(pool.map(entry_of, names))
+    files = dict(zip(names, entries, strict=True))
+    for name, entry in files.items():
+        size = (folder / name).stat().st_size
+        assert size == entry.bytes, f"{name} has {size} bytes, {entry.bytes} were written"
     digest = spec_digest(spec) if spec is not None else None
     manifest = Manifest(kind=kind, spec_digest=digest, files=files, details=details, measured=measured)
     content = manifest.model_dump(mode="json")
@@ -96,6 +110,10 @@ def check_manifest(folder: Path) -> list[str]:
         elif sha256_file(folder / name) != entry.sha256:
             problems.append(f"{name}: its SHA-256 differs from {MANIFEST}")
     return problems
+
+
+def _entry(file: Path) -> FileEntry:
+    return FileEntry(sha256=sha256_file(file), bytes=file.stat().st_size)
 
 
 def _file_names(folder: Path) -> set[str]:

@@ -21,8 +21,12 @@ def _tensor_degrees(spec: Spec) -> Iterator[tuple[str, int]]:
     yield "build.parallel.tensor", spec.build.parallel.tensor
 
 
-def _nearest_degree(size: int, degree: int) -> int:
-    return nearest(degree, divisors(size))
+def _nearest_degree(size: int, degree: int, path: str) -> int:
+    """That divides `size`; of those that graphs are built for where `path` is of `build`."""
+    legal = divisors(size)
+    if path.startswith("build."):
+        legal = [candidate for candidate in BUILD_DEGREES if candidate in legal]
+    return nearest(degree, legal)
 
 
 def _layers_and_degrees(spec: Spec) -> Iterator[tuple[str, Layer, str, int]]:
@@ -39,7 +43,8 @@ def _tensor_splits_heads(spec: Spec) -> Iterator[Finding]:
                 code="SPEC021", path=f"{path}.attention.heads", others={degree_path: degree},
                 message=f"`heads` ({heads}) is not divisible by `{degree_path}` ({degree})",
                 label=f"{heads} query heads cannot be split over {degree} ranks",
-                help=f"use tensor: {_nearest_degree(heads, degree)}, or set heads to a multiple of {degree}",
+                help=f"use tensor: {_nearest_degree(heads, degree, degree_path)}, "
+                f"or set heads to a multiple of {degree}",
             )  # fmt: skip
 
 
@@ -51,7 +56,8 @@ def _tensor_splits_kv_heads(spec: Spec) -> Iterator[Finding]:
                 code="SPEC022", path=f"{path}.attention.kv_heads", others={degree_path: degree},
                 message=f"`kv_heads` ({kv_heads}) and `{degree_path}` ({degree}): neither divides the other",
                 label=f"{kv_heads} key/value heads can be neither split over {degree} ranks nor copied to them",
-                help=f"use tensor: {_nearest_degree(kv_heads, degree)}, or a kv_heads that {degree} divides",
+                help=f"use tensor: {_nearest_degree(kv_heads, degree, degree_path)}, "
+                f"or a kv_heads that {degree} divides",
             )  # fmt: skip
 
 
@@ -64,7 +70,7 @@ def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
                 message=f"`ffn.hidden_size` ({width}) is not divisible by `{degree_path}` ({degree})",
                 label=f"{width} inner channels cannot be split over {degree} ranks",
                 help=f"use hidden_size: {nearest_multiple(width, degree)}, "
-                f"or tensor: {_nearest_degree(width, degree)}",
+                f"or tensor: {_nearest_degree(width, degree, degree_path)}",
             )  # fmt: skip
 
 
@@ -139,7 +145,7 @@ def _tokens_are_spread_evenly(spec: Spec) -> Iterator[Finding]:
 def _pipeline_has_layers(spec: Spec) -> Iterator[Finding]:
     ranks, schedule, limit = _known(spec).get("pipeline", 1), spec.parallel.schedule, spec.model.num_layers
     each = schedule.stages_per_rank if schedule.kind == "interleaved" else 1
-    if ranks * each > limit:
+    if ranks > 1 and ranks * each > limit:
         what = f"{ranks} ranks of {each} stages" if each > 1 else f"{ranks} stages"
         yield Finding(
             code="SPEC043", path="parallel.pipeline", others={"model.layers": limit},

@@ -6,7 +6,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +89,30 @@ def run_workers(number: int, command: Sequence[str], environment: Mapping[str, s
     """
     program = [sys.executable, "-c", "import sys; from archwright.spec.cli import main; sys.exit(main())", *command]
     workers: list[subprocess.Popen[bytes]] = []
-    try:
-        for variables in _environments(number, environment):
-            # A session of its own: Ctrl-C reaches this process only, which then ends the workers.
-            workers.append(subprocess.Popen(program, env=variables, stdin=subprocess.PIPE, start_new_session=True))
-        return _wait(workers)
-    finally:
-        _end(workers)
+    with reserved_port() as port:
+        try:
+            for variables in _environments(number, environment, port):
+                # A session of its own: Ctrl-C reaches this process only, which then ends the workers.
+                workers.append(subprocess.Popen(program, env=variables, stdin=subprocess.PIPE, start_new_session=True))
+            return _wait(workers)
+        finally:
+            _end(workers)
 
 
-def _environments(number: int, environment: Mapping[str, str]) -> list[dict[str, str]]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+@contextmanager
+def reserved_port() -> Generator[int]:
+    """A free port for the first worker to listen at, seconds from now.
+
+    The system gives a port that has a socket to nobody who asks for any port, while one who asks for this one, and
+    shares addresses as torch does, may have it as long as our socket does not listen.
+    """
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
+
+
+def _environments(number: int, environment: Mapping[str, str], port: int) -> list[dict[str, str]]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     shared = {
         "OMP_NUM_THREADS": str(max(1, cores // number)),  # the default, all cores to each, is several times slower

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch.distributed import all_reduce
 
+from archwright.compiler.blocks import MixtureOfExperts, PositionedEmbedding
 from archwright.compiler.distributed.apply import Options, ShardedModel, apply_plan
 from archwright.compiler.distributed.checkpointing import checkpointing_of
 from archwright.compiler.distributed.mesh import Mesh, make_mesh
 from archwright.compiler.distributed.pipeline import Pipeline
-from archwright.compiler.ir import Degrees
+from archwright.compiler.ir import Degrees, Plan
 from archwright.compiler.module import DTYPES
 from archwright.compiler.passes import TRAINING_TABLE, run_passes
 from archwright.compiler.weights.folder import ModelFolder, open_folder
@@ -113,8 +114,19 @@ def _make_model(
         checkpointing=checkpointing_of(train.activation_checkpointing),
         compile_layers={} if compiled else None,
         reshard=spec.parallel.reshard and degrees.pipeline == 1,
+        token_dim=_token_dim(plan, train, degrees),
     )
     return apply_plan(plan, weights, mesh, options)
+
+
+def _token_dim(plan: Plan, train: Pretrain | Sft, degrees: Degrees) -> int:
+    """Tensor ranks share whole sequences where there are enough of them.
+
+    A router looks at all tokens of a sequence, and learned positions are one row for all sequences: those are cut.
+    """
+    rows = train.batch_size // (degrees.data * train.micro_batches)
+    cut = any(isinstance(block, MixtureOfExperts | PositionedEmbedding) for _, block in plan.program.blocks())
+    return 1 if cut or rows % degrees.tensor else 0
 
 
 def open_base(spec: Spec, path: str) -> ModelFolder:
@@ -277,6 +289,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
     if trainer.held_out is None or trainer.validation is None:
         return {}
     train, split = trainer.train, trainer.validation
+    for stage in trainer.model.stages.values():
+        stage.eval()  # without the penalties of routers, which are no property of the text
     loss, count = torch.zeros(2, dtype=torch.float64, device=trainer.device).unbind()
     for batch in evaluation_batches(trainer.held_out, train.evaluate.batches, train.batch_size, trainer.share):
         pieces = _pieces(trainer, batch)
@@ -286,6 +300,8 @@ def evaluate(trainer: Trainer) -> dict[str, float]:
             for ids_BS, targets_BS in pieces:
                 loss = loss + trainer.model.module(ids_BS, targets_BS)[0]
         count = count + _count(trainer, batch)
+    for stage in trainer.model.stages.values():
+        stage.train()
     mean = (trainer.over_batch(loss) / count).item()
     counted = split.num_loss_tokens if train.kind == "sft" else split.num_tokens
     result = {"validation_loss": mean}

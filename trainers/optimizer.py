@@ -94,9 +94,12 @@ def _adamw(parameters: list[nn.Parameter], options: AdamW, how: Mapping[str, boo
 
 
 def _scale(part: torch.optim.Optimizer, scale: torch.Tensor) -> None:
-    """Have the next step see its gradients scaled. The fused one does so as it reads them: a pass over memory less."""
+    """Have the next step see its gradients scaled. The fused one does so as it reads them: a pass over memory less.
+
+    Its scale is float32 whatever the gradients are, which float64 does not forgive.
+    """
     group = part.param_groups[0]
-    if group.get("fused"):
+    if group.get("fused") and group["params"][0].dtype != torch.float64:
         part.grad_scale = (1 / scale).float()  # pyright: ignore[reportAttributeAccessIssue]  # what it divides by
         part.found_inf = torch.zeros_like(part.grad_scale)  # pyright: ignore[reportAttributeAccessIssue]
         return

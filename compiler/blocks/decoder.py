@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from archwright.compiler.blocks.attention import GroupedQueryAttention
 from archwright.compiler.blocks.ffn import FeedForward
+from archwright.compiler.blocks.moe import MixtureOfExperts
 from archwright.compiler.blocks.norm import Norm
 from archwright.compiler.ir import Block, Boundary, Ops, Param, Scope, Step, child
 
@@ -18,11 +19,24 @@ class DecoderLayer(Block):
     input_layernorm: Norm
     self_attn: GroupedQueryAttention
     post_attention_layernorm: Norm
-    mlp: FeedForward
+    mlp: FeedForward | MixtureOfExperts
 
-    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> T:
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> T | tuple[T, T]:
         x_BSD = x_BSD + m.self_attn(m.input_layernorm(x_BSD), step)
         return x_BSD + m.mlp(m.post_attention_layernorm(x_BSD))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeDecoderLayer(DecoderLayer):
+    """The same with a mixture of experts: gives x_BSD, or (x_BSD, penalty_B) where its router adds to the loss."""
+
+    mlp: MixtureOfExperts
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> T | tuple[T, T]:
+        x_BSD = x_BSD + m.self_attn(m.input_layernorm(x_BSD), step)
+        y_BSD, penalty_B = m.mlp(m.post_attention_layernorm(x_BSD), step)
+        x_BSD = x_BSD + y_BSD
+        return x_BSD if penalty_B is None else (x_BSD, penalty_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +58,18 @@ class Head(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelHead(Block):
-    """Final norm, then the output matrix."""
+    """Final norm, then the output matrix.
+
+    penalty_B: what the routers of all layers add to the loss of each sequence. It is weighed by the sequence's targets:
+    the mean loss over all targets grows by its mean over them, however the sequences are spread.
+    """
 
     norm: Norm = child("model.norm")
     lm_head: Head = child("lm_head")
 
-    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T]) -> Any:
-        return m.lm_head(m.norm(x_BSD), step)
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T], penalty_B: T | None = None) -> Any:
+        output = m.lm_head(m.norm(x_BSD), step)
+        if penalty_B is None or step.targets_BS is None:
+            return output
+        loss_sum, num_tokens = output
+        return loss_sum + ops.sum_over_targets(penalty_B, step.targets_BS), num_tokens

@@ -6,13 +6,14 @@ tensors and DTensors side by side break optimizers that work on lists. On one ra
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from archwright.compiler.blocks import MixtureOfExperts
 from archwright.compiler.distributed.checkpointing import Checkpointing
 from archwright.compiler.distributed.layout import Layout, local_of
 from archwright.compiler.distributed.mesh import Mesh
@@ -27,7 +28,7 @@ class Options:
     """How modules compute. dtype: of the parameters; compute_dtype: of the computation.
 
     compile_layers: None, or options for torch.compile. reshard: whether FSDP frees a layer's weights between its
-    forward and its backward, and gathers them twice.
+    forward and its backward, and gathers them twice. token_dim: see `TorchOps`.
     """
 
     dtype: torch.dtype
@@ -36,6 +37,7 @@ class Options:
     checkpointing: Checkpointing | None = None
     compile_layers: Mapping[str, object] | None = None
     reshard: bool = True
+    token_dim: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ def apply_plan(plan: Plan, weights: Weights, mesh: Mesh | None, options: Options
     layouts: dict[str, Layout] = {}
     for number in range(rank, len(plan.stages), degree):
         module = stages[number] = _build(plan, number, mesh, options)
+        before = replace(plan.program, segments=plan.program.segments[: plan.stages[number][0]])
+        module.follows_router = any(isinstance(block, MixtureOfExperts) for _, block in before.blocks())
         names = {local: sites[local].name for local, _ in module.named_parameters()}
         for local, name in names.items():
             layouts[name] = Layout(
@@ -113,6 +117,7 @@ def _build(plan: Plan, number: int, mesh: Mesh | None, options: Options) -> Torc
         dtype=options.compute_dtype,
         vocab_size=plan.program.vocab_size,
         sequence=plan.degrees.sequence,
+        token_dim=options.token_dim,
         groups={} if mesh is None else mesh.groups,
         ranks={} if mesh is None else mesh.ranks,
     )

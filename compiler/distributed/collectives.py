@@ -1,18 +1,20 @@
 """The collectives of training and their gradients, each a pair (Shoeybi et al. 2019; Korthikanti et al. 2022).
 
-forward                     backward
+operation     forward       backward
 copy_to       identity      all-reduce         one input, ranks compute different parts with it
 reduce_from   all-reduce    identity           ranks hold parts of one sum
 gather_from   all-gather    reduce-scatter     ranks hold pieces, each computes its part with all of them
-scatter_to    reduce-scatter  all-gather       ranks hold parts of one sum, each goes on with its piece
+scatter_to    reduce-scatter  all-gather         ranks hold parts of one sum, each goes on with its piece
 join          all-gather    own piece          ranks hold pieces, all compute the same with the whole
+sum_over      all-reduce    all-reduce         ranks hold parts of one sum, each makes its part of the loss of it
+all_to_all    all-to-all    all-to-all         rows travel to other ranks, their gradients back
 """
 
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as funcol
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, all_to_all_single
 
 Tensor = torch.Tensor
 
@@ -91,6 +93,34 @@ class _Join(torch.autograd.Function):
         return grads[0].chunk(ctx.group.size(), ctx.dim)[ctx.group.rank()].contiguous(), None, None
 
 
+class _SumOver(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return all_reduce(grads[0], ctx.group), None
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, to_ranks: list[int], from_ranks: list[int], group: ProcessGroup) -> Tensor:
+        ctx.to_ranks, ctx.from_ranks, ctx.group = to_ranks, from_ranks, group
+        return _exchanged(x_ND, to_ranks, from_ranks, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return _exchanged(grads[0], ctx.from_ranks, ctx.to_ranks, ctx.group), None, None, None
+
+
+def _exchanged(x_ND: Tensor, to_ranks: list[int], from_ranks: list[int], group: ProcessGroup) -> Tensor:
+    received = x_ND.new_empty(sum(from_ranks), *x_ND.shape[1:])
+    all_to_all_single(received, x_ND.contiguous(), from_ranks, to_ranks, group=group)
+    return received
+
+
 def copy_to(x: Tensor, group: ProcessGroup) -> Tensor:
     """f: the identity; its gradient is summed over the group. Where ranks compute different parts of one input."""
     return _CopyTo.apply(x, group)  # pyright: ignore[reportReturnType]
@@ -114,3 +144,17 @@ def scatter_to(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
 def join(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
     """The ranks' pieces along `dim`, for a use that is the same on every rank."""
     return _Join.apply(x, group, dim)  # pyright: ignore[reportReturnType]
+
+
+def sum_over(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The sum over the group, and of its gradients too. Where ranks that have parts of a sum go on to make different
+    parts of the loss of it.
+    """
+    return _SumOver.apply(x, group)  # pyright: ignore[reportReturnType]
+
+
+def all_to_all(x_ND: Tensor, to_ranks: list[int], from_ranks: list[int], group: ProcessGroup) -> Tensor:
+    """The first `to_ranks[0]` rows go to the group's rank 0, the next to rank 1, ...; what comes from them, in the same
+    order. The gradient travels back.
+    """
+    return _AllToAll.apply(x_ND, to_ranks, from_ranks, group)  # pyright: ignore[reportReturnType]

@@ -10,9 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from typing import Any
 
 from archwright.compiler.blocks import Embedding, PositionedEmbedding
+from archwright.compiler.interpreters.cost_moe import MoeCosts
+from archwright.compiler.interpreters.shapes import Collective, CollectiveKind, Cost, Disagreement, Shaped, place, read
 from archwright.compiler.ir import (
     Block,
     Boundary,
@@ -28,95 +30,6 @@ from archwright.compiler.ir import (
 )
 from archwright.spec import ArchwrightError
 
-CollectiveKind = Literal["all_reduce", "all_gather", "reduce_scatter"]
-
-
-class Disagreement(Exception):
-    """Two things in a block do not fit; `CostOps.scope` adds the block's path and raises an ArchwrightError."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(code, message)
-        self.code = code
-        self.message = message
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shaped:
-    """A tensor without its numbers.
-
-    sharded: the mesh axis over which the ranks hold different parts, None for a value that all ranks hold.
-    entered: the mesh axis over which the gradient of this (replicated) value is summed.
-    spread: the mesh axis whose ranks hold different tokens of it; `shape` counts all tokens.
-    splits, partial: of a parameter, see `Param`; none for what is computed.
-    """
-
-    shape: tuple[int, ...]
-    sharded: str | None = None
-    entered: str | None = None
-    spread: str | None = None
-    splits: tuple[Split, ...] = ()
-    partial: str | None = None
-
-    @property
-    def split(self) -> Split | None:
-        """How the tensor axis cuts a parameter."""
-        return next((split for split in self.splits if split.mesh_axis == "tensor"), None)
-
-    def __add__(self, other: "Shaped") -> "Shaped":
-        return self._combine(other, "added")
-
-    def __mul__(self, other: "Shaped") -> "Shaped":
-        return self._combine(other, "multiplied")
-
-    def _combine(self, other: "Shaped", word: str) -> "Shaped":
-        if self.shape != other.shape:
-            raise Disagreement("IR008", f"{list(self.shape)} and {list(other.shape)} are {word}")
-        if (self.sharded, self.spread) != (other.sharded, other.spread):
-            raise Disagreement("IR009", f"a value {_place(self)} and one {_place(other)} are {word}")
-        other.plain()
-        return self.plain()
-
-    def plain(self) -> "Shaped":
-        """This value, where every use of it must be the same on all ranks: it may not have entered a mesh axis."""
-        if self.entered is not None:
-            raise Disagreement(
-                "IR009",
-                f"a value that entered `{self.entered}` is used where all ranks compute the same: "
-                "its gradient would be counted once a rank",
-            )
-        return self
-
-
-def _place(value: Shaped) -> str:
-    if value.spread:
-        return f"spread over the tokens of `{value.spread}`"
-    return f"sharded over `{value.sharded}`" if value.sharded else "that all ranks hold"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Collective:
-    """What the ranks of a mesh axis exchange in one operation. elements: of the whole tensor, on one rank."""
-
-    kind: CollectiveKind
-    mesh_axis: str
-    elements: int
-    backward: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """One operation of a forward. flops: all query-key pairs. causal_flops: those that the mask shows.
-
-    collectives: of the forward and of the backward.
-    """
-
-    segment: str
-    path: str
-    op: str
-    flops: int = 0
-    causal_flops: int = 0
-    collectives: tuple[Collective, ...] = ()
-
 
 class CostScope(Instance):
     """An instance of a block that records which of its parameters and children are read."""
@@ -126,10 +39,10 @@ class CostScope(Instance):
     def __call__(self, *args: Any) -> Any:
         if self.block.enter is None:
             return super().__call__(*args)
-        x, *rest = args
+        number = self.block.num_entering
         with self._ops.scope(self.path):
-            entered = self._ops.enter(x, self.block.enter)
-        return super().__call__(entered, *rest)
+            entered = [self._ops.enter(x, self.block.enter) for x in args[:number]]
+        return super().__call__(*entered, *args[number:])
 
     def __getattr__(self, name: str) -> Any:
         if not isinstance(getattr(self.block, name, None), Block | Param):
@@ -139,7 +52,7 @@ class CostScope(Instance):
         return super().__getattr__(name)
 
 
-class CostOps:
+class CostOps(MoeCosts):
     """Ops over `Shaped` values.
 
     splits: canonical name → how the parameter is cut, for Programs of local sizes; None: as the parameters say.
@@ -169,8 +82,9 @@ class CostOps:
     def enter(self, x: Shaped, boundary: Boundary) -> Shaped:
         axis, tokens = boundary.mesh_axis, boundary.tokens
         if x.spread != (axis if tokens else None) or x.sharded is not None:
-            raise Disagreement("IR009", f"a value {_place(x)} enters `{boundary}`")
-        self._exchange("enter", x, axis, *(("all_gather", "reduce_scatter") if tokens else (None, "all_reduce")))
+            raise Disagreement("IR009", f"a value {place(x)} enters `{boundary}`")
+        forward, backward = ("all_gather", "reduce_scatter") if tokens else (None, "all_reduce")
+        self._exchange("enter", x, axis, forward, None if x.integer else backward)
         return replace(x.plain(), entered=axis, spread=None)
 
     def linear(
@@ -193,9 +107,9 @@ class CostOps:
         if reduce is not None:
             y = self._reduce("linear", y, reduce)
         if bias is not None and (bias.split and bias.split.mesh_axis) != y.sharded:
-            raise Disagreement("IR009", f"the output is {_place(y)}, and the bias is cut otherwise")
+            raise Disagreement("IR009", f"the output is {place(y)}, and the bias is cut otherwise")
         if bias is not None:
-            _read(bias, y)
+            read(bias, y)
         return y if gather is None else self._gather(y, gather)
 
     def _reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped:
@@ -205,7 +119,7 @@ class CostOps:
 
     def _gather(self, y: Shaped, boundary: Boundary) -> Shaped:
         if y.sharded != boundary.mesh_axis:
-            raise Disagreement("IR009", f"a value {_place(y)} is gathered over `{boundary}`")
+            raise Disagreement("IR009", f"a value {place(y)} is gathered over `{boundary}`")
         self._exchange("gather", y, boundary.mesh_axis, "all_gather", None)
         return replace(y, sharded=None)
 
@@ -216,10 +130,10 @@ class CostOps:
         if reduce != contracted:
             raise Disagreement("IR009", f"`reduce` is {reduce}, and the contraction runs over {contracted}")
         if x.sharded != contracted:
-            raise Disagreement("IR009", f"the input is {_place(x)}, the weight's columns are cut over {contracted}")
+            raise Disagreement("IR009", f"the input is {place(x)}, the weight's columns are cut over {contracted}")
         if split is None or contracted:
             if contracted is None:
-                _read(weight, x)
+                read(weight, x)
             return replace(x.plain(), sharded=None)
         if x.entered != split.mesh_axis:
             raise Disagreement(
@@ -246,7 +160,7 @@ class CostOps:
                 raise Disagreement("IR008", f"{list(x_BSD.shape)} meets a norm of {list(vector.shape)}")
             if x_BSD.sharded or vector.split:
                 raise Disagreement("IR009", "a norm over a sharded dim")
-            _read(vector, x_BSD)
+            read(vector, x_BSD)
         return x_BSD.plain()
 
     def silu(self, x: Shaped) -> Shaped:
@@ -293,7 +207,7 @@ class CostOps:
             shapes = ", ".join(str(list(value.shape)) for value in (q_BNSH, k_BKLH, v_BKLH))
             raise Disagreement("IR008", f"queries, keys and values {shapes} do not fit")
         if not q_BNSH.sharded == k_BKLH.sharded == v_BKLH.sharded:
-            raise Disagreement("IR009", f"queries {_place(q_BNSH)}, keys {_place(k_BKLH)}, values {_place(v_BKLH)}")
+            raise Disagreement("IR009", f"queries {place(q_BNSH)}, keys {place(k_BKLH)}, values {place(v_BKLH)}")
         per_pair = 4 * batch * heads * head_dim  # two matmuls, scores and weighted sum, 2 · H each
         causal = per_pair * queries * keys - per_pair // 2 * _twice_hidden(queries, keys, mask)
         self._count("attention", per_pair * queries * keys, causal=causal)
@@ -306,7 +220,7 @@ class CostOps:
             raise Disagreement("IR008", f"{list(x_BSD.shape)} meets targets {list(targets_BS.shape)}")
         logits_BSV = self.linear(x_BSD, weight_VD, None, reduce=None)
         if logits_BSV.sharded != (gather and gather.mesh_axis) or logits_BSV.spread:
-            raise Disagreement("IR009", f"the loss over logits {_place(logits_BSV)} is gathered over {gather}")
+            raise Disagreement("IR009", f"the loss over logits {place(logits_BSV)} is gathered over {gather}")
         if gather is not None:  # of each token: the largest logit, the sum, the target's logit
             tokens = replace(logits_BSV, shape=(3, *targets_BS.shape))
             self._exchange("linear_cross_entropy", tokens, gather.mesh_axis, "all_reduce", None)
@@ -319,19 +233,13 @@ class CostOps:
     def _exchange(
         self, op: str, x: Shaped, axis: str, forward: CollectiveKind | None, backward: CollectiveKind | None
     ) -> None:
-        elements = prod(x.shape)
+        kinds: dict[bool, CollectiveKind | None] = {False: forward, True: backward}
         collectives = [
-            Collective(kind=kind, mesh_axis=axis, elements=elements, backward=back)
-            for kind, back in ((forward, False), (backward, True))
+            Collective(kind=kind, mesh_axis=axis, elements=prod(x.shape), backward=back)
+            for back, kind in kinds.items()
             if kind is not None
         ]
         self.costs.append(Cost(segment=self._paths[0], path=self._paths[-1], op=op, collectives=tuple(collectives)))
-
-
-def _read(param: Shaped, x: Shaped) -> None:
-    """A parameter that meets tokens of which each rank has others has a gradient that is summed; any other has not."""
-    if param.partial != x.spread and param.split is None:
-        raise Disagreement("IR009", f"a parameter partial over {param.partial} meets a value {_place(x)}")
 
 
 def _twice_hidden(queries: int, keys: int, mask: Mask) -> int:
@@ -404,7 +312,7 @@ def run_cost(
 
     x = tokens_BS
     if not isinstance(program.segments[0].block, Embedding | PositionedEmbedding):
-        x = Shaped(shape=(batch, sequence, program.hidden_size))
+        x = Shaped(shape=(batch, sequence, program.hidden_size), spread=program.spread)
     output = program.run(bind, x, step)
     return ProgramCost(output=output, costs=tuple(ops.costs), reads=frozenset(ops.reads), states=tuple(ops.states))
 

@@ -51,7 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             part, grad_tV = _loss_and_gradient(x_tD @ matrix_VD.T, targets_t, rows)
             loss_sum += part
             if grad_x_TD is not None:
-                torch.mm(grad_tV, matrix_VD, out=grad_x_TD[start : start + chunk])
+                grad_x_TD[start : start + chunk] = grad_tV @ matrix_VD
             if grad_weight_VD is not None:
                 _add_product(grad_weight_VD, grad_tV.T, x_tD)
         ctx.save_for_backward(grad_x_TD, grad_weight_VD)
@@ -86,7 +86,9 @@ def _loss_and_gradient(logits_tV: Tensor, targets_t: Tensor, rows: Rows | None) 
     largest_t1, sum_t1, picked_t1 = reduce(logits_tV, targets_t - rows.first, 1)
     all_t1 = all_reduce(largest_t1, rows.group, "max")
     pair_t2 = all_reduce(torch.cat([sum_t1 * (largest_t1 - all_t1).exp(), picked_t1], dim=1), rows.group)
-    local_t = torch.where(targets_t == -100, targets_t, targets_t - rows.first)
+    # Never negative but as the mark: a target 100 rows before the first would look like one that does not count.
+    local_t = torch.where(targets_t < rows.first, logits_tV.shape[1], targets_t - rows.first)
+    local_t = torch.where(targets_t == -100, -100, local_t)
     return gradient(logits_tV, local_t, all_t1, *pair_t2.chunk(2, dim=1))
 
 
@@ -123,9 +125,7 @@ def _compiled() -> tuple[Any, Any]:
 
 def _add_product(sum_: Tensor, a: Tensor, b: Tensor) -> None:
     """sum_ += a · b, in one kernel where the matrix product can add to a wider sum."""
-    if sum_.dtype == a.dtype:
-        sum_.addmm_(a, b)
-    elif _adds_wide(sum_.device, sum_.dtype, a.dtype):
+    if sum_.is_cuda and sum_.dtype != a.dtype and _adds_wide(sum_.device, sum_.dtype, a.dtype):
         torch.addmm(sum_, a, b, out_dtype=sum_.dtype, out=sum_)
     else:
         sum_ += a @ b

@@ -1,7 +1,7 @@
 """The oracle: the Program in float64 NumPy, by the shortest code that is plainly right.
 
 B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, V vocabulary, L visible positions,
-P cache capacity.
+P cache capacity, E experts, X experts of a token.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from archwright.compiler.ir import Boundary, Mask, Param, Program, RopeTable, Step, Window
+from archwright.compiler.ir import Boundary, Mask, Param, Penalties, Program, RopeTable, Routing, Step, Window
 from archwright.compiler.ir.program import instance_of
 
 Array = NDArray[Any]
@@ -95,6 +95,50 @@ class NumpyOps:
         weight_BNSL = np.exp(score_BNSL - score_BNSL.max(axis=-1, keepdims=True))
         return weight_BNSL / weight_BNSL.sum(axis=-1, keepdims=True) @ v_BNLH
 
+    def top_k(self, x_BSE: Array, number: int) -> Array:
+        return np.argsort(-x_BSE, axis=-1, kind="stable")[..., :number]
+
+    def routing_weights(self, logits_BSE: Array, indices_BSX: Array, routing: Routing) -> Array:
+        chosen_BSX = np.take_along_axis(_scores(logits_BSE, routing), indices_BSX, axis=-1)
+        if routing.normalize:
+            chosen_BSX = chosen_BSX / chosen_BSX.sum(axis=-1, keepdims=True)
+        return routing.scale * chosen_BSX
+
+    def experts(
+        self,
+        x_BSD: Array,
+        weights_BSX: Array,
+        indices_BSX: Array,
+        gate_EFD: Array,
+        up_EFD: Array,
+        down_EDF: Array,
+        *,
+        dispatch: str | None,
+        reduce: Boundary | None,
+    ) -> Array:
+        y_BSD = np.zeros_like(x_BSD)
+        for batch, position, slot in np.ndindex(indices_BSX.shape):
+            x_D, expert = x_BSD[batch, position], indices_BSX[batch, position, slot]
+            hidden_F = self.silu(gate_EFD[expert] @ x_D) * (up_EFD[expert] @ x_D)
+            y_BSD[batch, position] += weights_BSX[batch, position, slot] * (down_EDF[expert] @ hidden_F)
+        return y_BSD
+
+    def router_penalty(
+        self, logits_BSE: Array, indices_BSX: Array, routing: Routing, penalties: Penalties, *, spread: str | None
+    ) -> Array:
+        batch, _, experts = logits_BSE.shape
+        score_BSE = _scores(logits_BSE, routing)
+        share_BE = (score_BSE / score_BSE.sum(axis=-1, keepdims=True)).mean(axis=1)
+        counts_BE = np.stack([np.bincount(indices_BSX[row].ravel(), minlength=experts) for row in range(batch)])
+        chosen_BE = counts_BE / (indices_BSX.shape[1] * indices_BSX.shape[2])
+        balance_B = experts * (chosen_BE * share_BE).sum(axis=-1)
+        largest_BS1 = logits_BSE.max(axis=-1, keepdims=True)
+        log_sum_BS = np.log(np.exp(logits_BSE - largest_BS1).sum(axis=-1)) + largest_BS1[..., 0]
+        return penalties.balance * balance_B + penalties.z * (log_sum_BS**2).mean(axis=-1)
+
+    def sum_over_targets(self, penalty_B: Array, targets_BS: Array) -> Array:
+        return np.sum(penalty_B * (targets_BS != -100).sum(axis=-1))
+
     def linear_cross_entropy(
         self, x_BSD: Array, weight_VD: Array, targets_BS: Array, *, gather: Boundary | None
     ) -> tuple[Array, int]:
@@ -104,6 +148,13 @@ class NumpyOps:
         valid_BS = targets_BS != -100
         picked_BS = np.take_along_axis(logits_BSV, np.where(valid_BS, targets_BS, 0)[..., None], axis=-1)[..., 0]
         return np.sum((log_sum_BS - picked_BS) * valid_BS), int(valid_BS.sum())
+
+
+def _scores(logits_BSE: Array, routing: Routing) -> Array:
+    if routing.score == "sigmoid":
+        return 0.5 * (1 + np.tanh(0.5 * logits_BSE))  # 1 / (1 + exp(-x)), without overflow
+    score_BSE = np.exp(logits_BSE - logits_BSE.max(axis=-1, keepdims=True))
+    return score_BSE / score_BSE.sum(axis=-1, keepdims=True)
 
 
 def run_numpy(

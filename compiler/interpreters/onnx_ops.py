@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from archwright.compiler.interpreters.onnx_moe import OnnxMoe
 from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
 
 OPSET = 24
@@ -68,16 +69,17 @@ class Weight:
 class External:
     """An initializer whose bytes lie beside the graph.
 
-    source: the parameter that is stored, transposed or as it is; or what computes the values when they are written.
+    source: the parameter that is stored, or what computes the values when they are written.
+    order: of a parameter's dims in the file, where they stand in another; the graph's shape may join neighbours.
     """
 
     value: ir.Value
     source: str | Callable[[], NDArray[Any]]
-    transposed: bool = False
+    order: tuple[int, ...] | None = None
 
 
 @dataclass(kw_only=True)
-class OnnxOps:
+class OnnxOps(OnnxMoe):
     """Ops that append to a graph.
 
     precision: of weights, activations and caches. The rotation and the sums inside RMSNorm are float32 in every
@@ -118,9 +120,13 @@ class OnnxOps:
         shape: tuple[Size, ...] | None = None,
         dtype: ir.DataType | None = None,
         domain: str = "",
+        num_outputs: int = 1,
         **attributes: Any,
     ) -> Tensor:
-        """Append a node; it and its output are named `scope/name`. Default shape and dtype: the first input's."""
+        """Append a node; it and its output are named `scope/name`. Default shape and dtype: the first input's.
+
+        num_outputs: of which the last is given, and the others have its shape and the first input's dtype.
+        """
         first = inputs[0].value
         unique = self._unique(name)
         output = ir.Value(
@@ -129,7 +135,11 @@ class OnnxOps:
             type=ir.TensorType(first.dtype if dtype is None else dtype),  # pyright: ignore[reportArgumentType]
         )
         values = [x.value for x in inputs]
-        self.nodes.append(ir.node(op, values, attributes, domain=domain, outputs=[output], name=unique))
+        others = [
+            ir.Value(name=f"{unique}/{index}", shape=output.shape, type=ir.TensorType(first.dtype))  # pyright: ignore[reportArgumentType]
+            for index in range(num_outputs - 1)
+        ]
+        self.nodes.append(ir.node(op, values, attributes, domain=domain, outputs=[*others, output], name=unique))
         return Tensor(output, self)
 
     def _unique(self, name: str) -> str:
@@ -140,24 +150,30 @@ class OnnxOps:
 
     def _integers(self, *numbers: int) -> Tensor:
         """A constant int64 vector; equal ones are one initializer."""
-        name = "int64/" + "_".join(map(str, numbers))
+        return self.constant("int64/" + "_".join(map(str, numbers)), numbers, ir.DataType.INT64)
+
+    def constant(self, name: str, value: Any, dtype: ir.DataType) -> Tensor:
+        """A small initializer; its name stands for its value."""
         if name not in self.constants:
+            array = np.array(value, np.int64 if dtype == ir.DataType.INT64 else NUMPY_DTYPES[dtype])
             self.constants[name] = ir.Value(
                 name=name,
-                shape=ir.Shape((len(numbers),)),
-                type=ir.TensorType(ir.DataType.INT64),
-                const_value=ir.tensor(np.array(numbers, np.int64), name=name),
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(dtype),
+                const_value=ir.tensor(array, dtype=dtype, name=name),
             )
         return Tensor(self.constants[name], self)
 
     def param(self, name: str, param: Param) -> Weight:
         return Weight(name=name, param=param)
 
-    def _stored(self, weight: Weight, *, transposed: bool = False) -> Tensor:
-        """The initializer of a parameter; a transposed one is called `{name}.T`, since it is not the canonical one."""
-        shape = weight.param.shape[::-1] if transposed else weight.param.shape
-        name = f"{weight.name}.T" if transposed else weight.name
-        return self._external(name, shape, self.dtype, weight.name, transposed)
+    def _stored(self, weight: Weight) -> Tensor:
+        """The initializer of a parameter."""
+        return self._external(weight.name, weight.param.shape, self.dtype, weight.name)
+
+    def stored(self, weight: Weight, *, order: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+        """The same with its dims in another order, called `{name}.T` since it is not the canonical one."""
+        return self._external(f"{weight.name}.T", shape, self.dtype, weight.name, order)
 
     def _external(
         self,
@@ -165,11 +181,11 @@ class OnnxOps:
         shape: tuple[int, ...],
         dtype: ir.DataType,
         source: str | Callable[[], NDArray[Any]],
-        transposed: bool = False,
+        order: tuple[int, ...] | None = None,
     ) -> Tensor:
         if name not in self.externals:
             value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-            self.externals[name] = External(value=value, source=source, transposed=transposed)
+            self.externals[name] = External(value=value, source=source, order=order)
         return Tensor(self.externals[name].value, self)
 
     def linear(
@@ -186,13 +202,16 @@ class OnnxOps:
         if weight.param.share is None:
             # [in, out] is what MatMul multiplies with and what weight-only quantisation needs; transposing costs the
             # writer once, not every session.
-            matrix = self._stored(weight, transposed=True)
+            matrix = self.stored(weight, order=(1, 0), shape=(columns, rows))
         else:
             plain = self._stored(weight)
             matrix = self.emit("Transpose", [plain], name="linear/transpose", shape=(columns, rows), perm=[1, 0])
         y = self.emit("MatMul", [x, matrix], name="linear", shape=(*x.shape[:-1], rows))
-        y = y if reduce is None else self._all_reduce(y, self.degrees[reduce.mesh_axis])
+        y = y if reduce is None else self.reduce(y, reduce)
         return y if bias is None else self.emit("Add", [y, self._stored(bias)], name="linear/bias")
+
+    def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
+        return self._all_reduce(y, self.degrees[boundary.mesh_axis])
 
     def _all_reduce(self, x: Tensor, degree: int) -> Tensor:
         return self.emit(

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import Embedding, GroupedQueryAttention, LanguageModelHead, PositionedEmbedding, Rope
+from archwright.compiler.blocks import (
+    Embedding,
+    Experts,
+    GroupedQueryAttention,
+    LanguageModelHead,
+    PositionedEmbedding,
+    Rope,
+)
 from archwright.compiler.distributed.checkpointing import Checkpointing
 from archwright.compiler.distributed.collectives import join
 from archwright.compiler.distributed.context import gathered_order, positions_of
@@ -60,15 +67,16 @@ class BlockModule(nn.Module):
         self.checkpointing: Checkpointing | None = None
         self._borrowed: dict[str, tuple[nn.Module]] = {}  # in tuples, so that nn.Module does not register them
 
-    def forward(self, x: Any, *args: Any) -> Any:
+    def forward(self, *args: Any) -> Any:
         if self.checkpointing is not None and torch.is_grad_enabled():
-            return self.checkpointing.run(self._run, x, *args)
-        return self._run(x, *args)
+            return self.checkpointing.run(self._run, *args)
+        return self._run(*args)
 
-    def _run(self, x: Any, *args: Any) -> Any:
+    def _run(self, *args: Any) -> Any:
         if self.block.enter is not None:
-            x = self.ops.enter(x, self.block.enter)
-        return self.block.forward(self.ops, TorchScope(self), x, *args)
+            number = self.block.num_entering
+            args = (*[self.ops.enter(x, self.block.enter) for x in args[:number]], *args[number:])
+        return self.block.forward(self.ops, TorchScope(self), *args)
 
     def borrow(self, name: str, owner: nn.Module) -> None:
         """Read `name` (a child, or a parameter of that name) from `owner` at each use: a tie that nothing can undo."""
@@ -89,6 +97,11 @@ class BlockModule(nn.Module):
         return super().__getattr__(name)
 
 
+def _spreads_experts(block: Block) -> bool:
+    spreads = isinstance(block, Experts) and block.dispatch is not None
+    return spreads or any(_spreads_experts(sub) for sub in block.children().values())
+
+
 def _kind_of(block: Block) -> type[BlockModule]:
     """A class for the modules of a block, whose `forward` is the same under a name of its own."""
     plain = BlockModule.forward
@@ -101,6 +114,7 @@ class TorchProgram(nn.Module):
     """The trainable model. `state_dict` keys are the canonical (Hugging Face) names; a tied head has no key.
 
     module(ids_BS) → logits [B, S, V]; module(ids_BS, targets_BS) → (loss_sum, num_tokens), -100 not counted.
+    In training mode (`train()`, torch's default) the loss includes the penalties of routers; `eval()` leaves them out.
     With `write_index_B` and `visible` the call reads and writes the cache bound by `bind_cache`.
     """
 
@@ -109,6 +123,7 @@ class TorchProgram(nn.Module):
         super().__init__()
         self.program = program
         self.ops = ops
+        self.follows_router = False  # whether stages before this one have routers, whose penalties are handed on
         self._segments: list[BlockModule] = []
         self._tables: dict[str, RopeTable] = {
             block.table.key: block.table for _, block in program.blocks() if isinstance(block, Rope)
@@ -160,39 +175,42 @@ class TorchProgram(nn.Module):
     ) -> Any:
         """x: ids [B, S] of whole sequences, also where context ranks share them; what the stage before gave, in one
         that does not begin with the embedding."""
-        context, keys = self.ops.groups.get("context"), visible
+        x, penalty_B = x if isinstance(x, tuple) else (x, None)
+        context, keys, length = self.ops.groups.get("context"), visible, x.shape[1]
+        if not self.begins:
+            length *= (1 if context is None else context.size()) * self._token_ranks(1)
         if context is not None:
-            first = x if isinstance(x, torch.Tensor) else x[0]
-            keys = first.shape[1] * (1 if self.begins else context.size() * self._token_ranks())
-            own_S = positions_of(keys, context.size(), context.rank(), first.device)
+            own_S, keys = positions_of(length, context.size(), context.rank(), x.device), length
             positions_BS = own_S[None]
             x = x[:, own_S] if self.begins else x
             targets_BS = None if targets_BS is None else targets_BS[:, own_S]
         elif positions_BS is None:
-            first = x if isinstance(x, torch.Tensor) else x[0]
-            length = first.shape[1] * (1 if self.begins else self._token_ranks())
-            positions_BS = torch.arange(length, device=first.device)[None]
+            positions_BS = torch.arange(length, device=x.device)[None]
         step = make_step(
-            self._tables, self._masks, self.ops.dtype,
-            positions_BS=positions_BS, keys=keys, write_index_B=write_index_B, targets_BS=targets_BS,
+            self._tables, self._masks, self.ops.dtype, positions_BS=positions_BS, keys=keys,
+            write_index_B=write_index_B, targets_BS=targets_BS, penalized=self.training,
         )  # fmt: skip
         modules = iter(self._segments)
-        y = self.program.run(lambda _: next(modules), x, step)
+        y = self.program.run(lambda _: next(modules), x, step, penalty_B)
         if context is not None and self.ends and targets_BS is None:
-            return join(y, context, 1)[:, gathered_order(keys, context.size(), y.device)]
+            return join(y, context, 1)[:, gathered_order(length, context.size(), y.device)]
         return y
 
     def handed_on(self, ids_BS: torch.Tensor) -> list[Form]:
-        """What a stage gives to the next one for these ids: hidden [B, S, D] of the tokens that this rank has."""
+        """What the stage before gives to this one for these ids: hidden [B, S, D] of the tokens that this rank has,
+        and once there has been a router the penalties [B]."""
         batch, length = ids_BS.shape
         context = self.ops.groups.get("context")
-        own = length // (1 if context is None else context.size()) // self._token_ranks()
-        return [((batch, own, self.program.hidden_size), self.ops.dtype)]
+        own = length // (1 if context is None else context.size()) // self._token_ranks(1)
+        hidden = ((batch // self._token_ranks(0), own, self.program.hidden_size), self.ops.dtype)
+        if not (self.follows_router and self.training):
+            return [hidden]
+        return [hidden, ((batch,), torch.promote_types(self.ops.dtype, torch.float32))]
 
-    def _token_ranks(self) -> int:
-        """Ranks among which the tokens between two stages are spread, beside those of the context axis."""
+    def _token_ranks(self, dim: int) -> int:
+        """Tensor ranks among which a dim of [B, S, D] is cut between two stages."""
         group = self.ops.groups.get("tensor")
-        return group.size() if group is not None and self.ops.sequence else 1
+        return group.size() if group is not None and self.ops.sequence and self.ops.token_dim == dim else 1
 
     @property
     def begins(self) -> bool:
@@ -225,7 +243,8 @@ class TorchProgram(nn.Module):
 
     def compile_layers(self, **options: Any) -> None:
         """torch.compile each layer in place. Equal layers share their code, layers of different kinds do not: torch
-        counts recompilations by code, and gives up after RECOMPILATIONS (8 in versions that cannot be told).
+        counts recompilations by code, and gives up after RECOMPILATIONS (8 in versions that cannot be told). A layer
+        is one graph, but for where its tokens travel to experts on other ranks.
         """
         if "recompile_limit" in inspect.signature(torch.compile).parameters:
             options = {"recompile_limit": RECOMPILATIONS, **options}
@@ -234,7 +253,7 @@ class TorchProgram(nn.Module):
             if layer.block not in kinds:
                 kinds[layer.block] = _kind_of(layer.block)
             layer.__class__ = kinds[layer.block]
-            layer.compile(fullgraph=True, **options)
+            layer.compile(fullgraph=not _spreads_experts(layer.block), **options)
 
     def make_cache(self, *, batch: int, positions: int, dtype: torch.dtype | None = None) -> Cache:
         """Zeroed states for `batch` rows of `positions` tokens."""

@@ -7,7 +7,6 @@ P cache capacity, T = B · S tokens.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -15,9 +14,10 @@ import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 
-from archwright.compiler.distributed.collectives import copy_to, gather_from, join, reduce_from, scatter_to
+from archwright.compiler.distributed.collectives import all_gather, copy_to, gather_from, join, reduce_from, scatter_to
 from archwright.compiler.distributed.context import causal_chunks, gather_sequence
 from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy, Rows
+from archwright.compiler.interpreters.torch_moe import TorchMoe
 from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
 
 Tensor = torch.Tensor
@@ -37,29 +37,33 @@ class TorchStep(Step[Tensor]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TorchOps:
+class TorchOps(TorchMoe):
     """Ops over torch tensors.
 
     dtype: of the computation; parameters may be wider (float32 masters under bfloat16), each use casts them.
     groups, ranks: mesh axis → process group and this rank's coordinate on it; axes of one rank are left out.
     vocab_size: rows of the whole vocabulary, where ranks share them.
-    sequence: whether tensor ranks share the tokens between the matrices.
+    sequence: whether tensor ranks share the tokens between the matrices. token_dim: along which dim of [B, S, D]; the
+    pieces of whole sequences (0) are joined without a copy, and routers need pieces of each sequence (1).
     """
 
     dtype: torch.dtype
     vocab_size: int = 0
     sequence: bool = False
+    token_dim: int = 1
     groups: Mapping[str, ProcessGroup] = field(default_factory=dict[str, ProcessGroup])
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def enter(self, x: Tensor, boundary: Boundary) -> Tensor:
         group = self.groups[boundary.mesh_axis]
-        return gather_from(x, group, 1) if boundary.tokens else copy_to(x, group)
+        if not x.is_floating_point():
+            return all_gather(x, group, self.token_dim) if boundary.tokens else x
+        return gather_from(x, group, self.token_dim) if boundary.tokens else copy_to(x, group)
 
-    def _leave(self, y: Tensor, boundary: Boundary) -> Tensor:
-        """Add up the ranks' parts; with `tokens` each goes on with its piece of the sequence."""
+    def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
+        """Add up the ranks' parts; with `tokens` each goes on with its piece."""
         group = self.groups[boundary.mesh_axis]
-        return scatter_to(y, group, 1) if boundary.tokens else reduce_from(y, group)
+        return scatter_to(y, group, self.token_dim) if boundary.tokens else reduce_from(y, group)
 
     def param(self, value: Tensor, param: Param) -> Tensor:
         """The part of a parameter that this rank computes with."""
@@ -84,7 +88,7 @@ class TorchOps:
     ) -> Tensor:
         bias = None if bias is None else bias.to(x.dtype)
         if reduce is not None:
-            y = self._leave(F.linear(x, weight.to(x.dtype)), reduce)
+            y = self.reduce(F.linear(x, weight.to(x.dtype)), reduce)
             return y if bias is None else y + bias
         y = F.linear(x, weight.to(x.dtype), bias)
         return y if gather is None else join(y, self.groups[gather.mesh_axis], -1)[..., : self.vocab_size]
@@ -95,7 +99,7 @@ class TorchOps:
         local_BS = ids_BS - self.ranks[reduce.mesh_axis] * weight_VD.shape[0]
         here_BS = (local_BS >= 0) & (local_BS < weight_VD.shape[0])
         rows_BSD = F.embedding(local_BS.where(here_BS, 0), weight_VD).to(self.dtype)
-        return self._leave(rows_BSD * here_BS[..., None], reduce)
+        return self.reduce(rows_BSD * here_BS[..., None], reduce)
 
     def rms_norm(self, x_BSD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
         wide_BSD = x_BSD.to(_at_least_float32(x_BSD.dtype))
@@ -181,6 +185,7 @@ def make_step(
     keys: int | None = None,
     write_index_B: Tensor | None = None,
     targets_BS: Tensor | None = None,
+    penalized: bool = True,
 ) -> TorchStep:
     """The step of a forward. positions_BS: of its tokens; one row serves the whole batch.
 
@@ -195,6 +200,7 @@ def make_step(
         write_index_B=write_index_B,
         kv_positions_L=None if write_index_B is None else keys_L,
         targets_BS=targets_BS,
+        penalized=penalized,
         rotations={key: _rotation(table, positions_BS, dtype) for key, table in tables.items()},
         masks={
             key: torch.zeros(shown_B1SL.shape, dtype=dtype, device=device).masked_fill_(~shown_B1SL, -math.inf)
@@ -225,10 +231,10 @@ def _rotation(table: RopeTable, positions_BS: Tensor, dtype: torch.dtype) -> tup
     return angle_B1SH.cos().to(wide), angle_B1SH.sin().to(wide)
 
 
-@cache
 def _frequencies(table: RopeTable, device: torch.device) -> Tensor:
-    """[H/2], sent to the device once: sending waits for it."""
-    return torch.tensor(table.frequencies(), dtype=torch.float64, device=device)
+    """[H/2], sent without waiting for the device."""
+    values = torch.tensor(table.frequencies(), dtype=torch.float64)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -6,7 +6,7 @@ from archwright.compiler.ir.param import TABLE_AXES, Axis, Init, Normal, Ones, P
 from archwright.compiler.ir.plan import MESH_AXES, Degrees, Plan
 from archwright.compiler.ir.program import Program, Segment, Site
 from archwright.compiler.ir.scope import Instance
-from archwright.compiler.ir.values import Causal, Mask, RopeTable, Window
+from archwright.compiler.ir.values import Causal, Mask, Penalties, RopeTable, Routing, Window
 
 __all__ = [
     "MESH_AXES",
@@ -23,9 +23,11 @@ __all__ = [
     "Ones",
     "Ops",
     "Param",
+    "Penalties",
     "Plan",
     "Program",
     "RopeTable",
+    "Routing",
     "Scope",
     "Segment",
     "Site",

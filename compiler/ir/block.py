@@ -1,7 +1,7 @@
 """Blocks: frozen values that say what a layer computes, once for every interpreter."""
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from archwright.compiler.ir.param import Axis, Param
 
@@ -49,7 +49,10 @@ class Block:
 
     enter: written by `partition`: the mesh axis over which this block's ranks compute different parts of the same
     input. The gradient of that input is summed over the axis.
+    num_entering: how many of the values that the block is called with, from the first, enter.
     """
+
+    num_entering: ClassVar[int] = 1
 
     enter: Boundary | None = None
 

@@ -2,14 +2,14 @@
 
 T is the interpreter's tensor: an array, a torch tensor, a value of an ONNX graph, a shape with a cost.
 Shape suffixes: B batch, S sequence, D hidden, N query heads, K key/value heads, H head_dim, F feed-forward,
-V vocabulary, L visible cache positions, P cache capacity.
+V vocabulary, L visible cache positions, P cache capacity; of mixtures of experts E experts, X experts of a token.
 """
 
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from archwright.compiler.ir.block import Boundary
-from archwright.compiler.ir.values import Mask, RopeTable
+from archwright.compiler.ir.values import Mask, Penalties, RopeTable, Routing
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -23,12 +23,14 @@ class Step(Generic[T]):
     write_index_B, kv_positions_L: with a cache, the row where the first token's key goes, and 0..L-1 for the rows that
     may be visible; both None without a cache.
     targets_BS: with targets the Program returns (loss_sum, num_tokens) instead of logits; -100 does not count.
+    penalized: whether routers add their penalties to that loss, as they do in training.
     """
 
     positions_BS: T
     write_index_B: T | None = None
     kv_positions_L: T | None = None
     targets_BS: T | None = None
+    penalized: bool = True
 
 
 class Scope(Protocol[T_co]):
@@ -80,6 +82,49 @@ class Ops(Protocol[T]):
 
     def attention(self, q_BNSH: T, k_BKLH: T, v_BKLH: T, *, mask: Mask, scale: float, step: Step[T]) -> T:
         """softmax(scale · q kᵀ + mask) v, each key/value head serving N / K query heads."""
+        ...
+
+    def top_k(self, x_BSE: T, number: int) -> T:
+        """Indices [B, S, X] of the `number` largest values along the last dim, the largest first."""
+        ...
+
+    def routing_weights(self, logits_BSE: T, indices_BSX: T, routing: Routing) -> T:
+        """[B, S, X]: the scores of the chosen experts, divided by their sum if so said, times `scale`."""
+        ...
+
+    def experts(
+        self,
+        x_BSD: T,
+        weights_BSX: T,
+        indices_BSX: T,
+        gate_EFD: T,
+        up_EFD: T,
+        down_EDF: T,
+        *,
+        dispatch: str | None,
+        reduce: Boundary | None,
+    ) -> T:
+        """Σ over a token's experts e of weight · down_e(silu(gate_e(x)) · up_e(x)); no token is dropped.
+
+        dispatch: the mesh axis over which the experts are spread: tokens travel to them and back. reduce: over which
+        their inner widths are cut.
+        """
+        ...
+
+    def router_penalty(
+        self, logits_BSE: T, indices_BSX: T, routing: Routing, penalties: Penalties, *, spread: str | None
+    ) -> T:
+        """[B]: balance · E · Σ_e f_e p_e + z · mean of logsumexp(logits)², of each sequence by itself.
+
+        f_e: the share of the sequence's S · X choices that fall on e; p_e: the mean over its tokens of e's score
+        divided by the sum of all scores (DeepSeek-V3, arXiv:2412.19437, equations 17 to 20). Shares over several
+        sequences would depend on how these are spread over ranks and micro-batches.
+        spread: the mesh axis whose ranks hold different tokens of a sequence.
+        """
+        ...
+
+    def sum_over_targets(self, penalty_B: T, targets_BS: T) -> T:
+        """Σ over sequences of penalty · (number of targets ≠ -100)."""
         ...
 
     def linear_cross_entropy(self, x_BSD: T, weight_VD: T, targets_BS: T, *, gather: Boundary | None) -> Any:

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert"]
+Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert", "router"]
+"""`expert`: the dim that stacks experts. `router`: the rows of a router, one an expert, which every rank needs."""
 TABLE_AXES: tuple[Axis, ...] = ("vocab", "positions")
 """Of tables that are looked up by row. Their pieces may be filled up with rows that nobody reads."""
 
@@ -92,7 +93,10 @@ class Param:
 
     @property
     def is_projection(self) -> bool:
-        """A matrix between hidden states, not a vector and not a table of tokens or positions."""
+        """A matrix between hidden states: no vector, no table of tokens or positions, no stack of experts' matrices.
+
+        Muon makes these orthogonal. It would need each expert's matrix apart, so stacks are AdamW's.
+        """
         return len(self.axes) == 2 and self.axes[0] not in ("vocab", "positions")
 
     def units(self, dim: int) -> int:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from archwright.compiler.ir.block import Block, State
 from archwright.compiler.ir.ops import Ops, Step
@@ -34,11 +34,21 @@ class Program:
     vocab_size: int
     max_positions: int
 
-    def run(self, bind: Callable[[Segment], Callable[..., Any]], x: Any, step: Step[Any]) -> Any:
-        """Apply the segments in order; `bind` gives the interpreter's instance of each."""
+    def run(self, bind: Callable[[Segment], Callable[..., Any]], x: Any, step: Step[Any], penalty_B: Any = None) -> Any:
+        """Apply the segments in order; `bind` gives the interpreter's instance of each.
+
+        A layer gives x, or (x, penalty_B) where it has a router and the step has targets. The sum of the penalties goes
+        to the final segment, whose path is empty. A pipeline stage without it gives (x, penalty_B) on as soon as there
+        is a penalty, and the next one takes both.
+        """
         for segment in self.segments:
+            if not segment.path and penalty_B is not None:
+                return bind(segment)(x, step, penalty_B)
             x = bind(segment)(x, step)
-        return x
+            if segment.path and isinstance(x, tuple):
+                x, own_B = cast(tuple[Any, Any], x)
+                penalty_B = own_B if penalty_B is None else penalty_B + own_B
+        return x if penalty_B is None else (x, penalty_B)
 
     def blocks(self) -> Iterator[tuple[str, Block]]:
         """Every block with its canonical path, parents first."""
@@ -75,6 +85,11 @@ class Program:
             for size, axis in zip(param.shape, param.axes, strict=True)
             if axis == "embed"
         )
+
+    @property
+    def spread(self) -> str | None:
+        """The mesh axis whose ranks share the tokens of what passes between segments, if there is one."""
+        return next((param.partial for param in self.params().values() if param.partial is not None), None)
 
     def num_params(self) -> int:
         return sum(param.size for param in self.params().values())

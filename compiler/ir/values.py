@@ -30,6 +30,27 @@ Mask = Causal | Window
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routing:
+    """How router logits become the weights of a token's experts.
+
+    score: softmax over all experts, or each one's sigmoid. normalize: the weights of the chosen ones sum to `scale`.
+    """
+
+    experts_per_token: int
+    score: str
+    normalize: bool
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """Factors of what a router adds to the loss: of an uneven use of the experts, and of large logits."""
+
+    balance: float
+    z: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RopeTable:
     """The angles of rotary position embedding: angle[p, i] = p · frequency[i], i < head_dim / 2.
 

@@ -97,11 +97,12 @@ def _check_run(program: Program, splits: Mapping[str, tuple[Split, ...]] | None)
         path, name = next(iter((written - declared) + (declared - written)))
         message = f"state `{name}` is declared {declared[path, name]} and updated {written[path, name]} times"
         raise ArchwrightError("IR007", message, where=path)
+    spread = None if program.segments[-1].path == "" else program.spread  # between stages tokens stay spread
     for run in runs:
         for value in run.output if isinstance(run.output, tuple) else (run.output,):
-            _check_output(value)
+            _check_output(value, spread)
 
 
-def _check_output(value: Shaped) -> None:
-    if value.sharded is not None or value.entered is not None or value.spread is not None:
+def _check_output(value: Shaped, spread: str | None) -> None:
+    if value.sharded is not None or value.entered is not None or value.spread != spread:
         raise ArchwrightError("IR009", "the Program's output is not the same on all ranks", where="the last segment")

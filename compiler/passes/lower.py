@@ -7,12 +7,15 @@ from archwright.compiler.blocks import (
     GELU,
     DecoderLayer,
     Embedding,
+    Experts,
     FeedForward,
     GroupedQueryAttention,
     Head,
     LanguageModelHead,
     LayerNorm,
     Linear,
+    MixtureOfExperts,
+    MoeDecoderLayer,
     NoPosition,
     Norm,
     Position,
@@ -21,8 +24,22 @@ from archwright.compiler.blocks import (
     Rope,
     SwiGLU,
 )
-from archwright.compiler.ir import Axis, Causal, Mask, Normal, Ones, Param, Program, RopeTable, Segment, Window, Zeros
-from archwright.spec.models import Ffn, GqaAttention, Layer, Llama3Scaling, Model, Spec
+from archwright.compiler.ir import (
+    Axis,
+    Causal,
+    Mask,
+    Normal,
+    Ones,
+    Param,
+    Penalties,
+    Program,
+    RopeTable,
+    Routing,
+    Segment,
+    Window,
+    Zeros,
+)
+from archwright.spec.models import GeluFfn, GqaAttention, Layer, Llama3Scaling, Model, MoeFfn, Spec, SwiGluFfn
 from archwright.spec.models import Mask as MaskSpec
 from archwright.spec.models import Norm as NormSpec
 
@@ -101,11 +118,13 @@ class _Lowering:
         return LayerNorm(weight=weight, bias=bias if norm.bias else None, eps=norm.eps)
 
     def layer(self, layer: Layer) -> DecoderLayer:
+        norm, attention = self.norm(layer.norm), self.attention(layer.attention)
+        if isinstance(layer.ffn, MoeFfn):
+            return MoeDecoderLayer(
+                input_layernorm=norm, self_attn=attention, post_attention_layernorm=norm, mlp=self.moe(layer.ffn)
+            )
         return DecoderLayer(
-            input_layernorm=self.norm(layer.norm),
-            self_attn=self.attention(layer.attention),
-            post_attention_layernorm=self.norm(layer.norm),
-            mlp=self.ffn(layer.ffn),
+            input_layernorm=norm, self_attn=attention, post_attention_layernorm=norm, mlp=self.ffn(layer.ffn)
         )
 
     def attention(self, attention: GqaAttention) -> GroupedQueryAttention:
@@ -131,14 +150,49 @@ class _Lowering:
         table = RopeTable(head_dim=width, theta=theta, max_positions=limit)
         return Rope(table=_scaled(table, attention.position.scaling))
 
-    def ffn(self, ffn: Ffn) -> FeedForward:
-        embed: tuple[Axis, int] = ("embed", self.model.hidden_size)
-        inner: tuple[Axis, int] = ("ffn", ffn.hidden_size)
-        widen = self.linear(embed, inner, bias=ffn.bias)
-        narrow = self.linear(inner, embed, bias=ffn.bias, std=self.residual_std)
+    def moe(self, moe: MoeFfn) -> MixtureOfExperts:
+        hidden, router = self.model.hidden_size, moe.router
+        widen = Param(
+            shape=(moe.experts, moe.hidden_size, hidden),
+            axes=("expert", "ffn", "embed"),
+            init=Normal(std=self.model.init.std),
+        )
+        narrow = Param(
+            shape=(moe.experts, hidden, moe.hidden_size),
+            axes=("expert", "embed", "ffn"),
+            init=Normal(std=self.residual_std),
+        )
+        shared = moe.shared and self.swiglu(moe.shared.hidden_size, bias=False)
+        return MixtureOfExperts(
+            gate=self.linear(("embed", hidden), ("router", moe.experts), bias=False),
+            experts=Experts(gate_proj=widen, up_proj=widen, down_proj=narrow),
+            shared_experts=shared,
+            routing=Routing(
+                experts_per_token=moe.experts_per_token,
+                score=router.score,
+                normalize=router.normalize,
+                scale=router.scale,
+            ),
+            penalties=Penalties(balance=moe.balance_loss, z=moe.z_loss),
+        )
+
+    def ffn(self, ffn: SwiGluFfn | GeluFfn) -> FeedForward:
         if ffn.kind == "swiglu":
-            return SwiGLU(gate_proj=widen, up_proj=widen, down_proj=narrow)
+            return self.swiglu(ffn.hidden_size, bias=ffn.bias)
+        widen, narrow = self.widen_and_narrow(ffn.hidden_size, bias=ffn.bias)
         return GELU(fc1=widen, fc2=narrow, approximation=ffn.approximation)
+
+    def swiglu(self, width: int, *, bias: bool) -> SwiGLU:
+        widen, narrow = self.widen_and_narrow(width, bias=bias)
+        return SwiGLU(gate_proj=widen, up_proj=widen, down_proj=narrow)
+
+    def widen_and_narrow(self, width: int, *, bias: bool) -> tuple[Linear, Linear]:
+        embed: tuple[Axis, int] = ("embed", self.model.hidden_size)
+        inner: tuple[Axis, int] = ("ffn", width)
+        return (
+            self.linear(embed, inner, bias=bias),
+            self.linear(inner, embed, bias=bias, std=self.residual_std),
+        )
 
 
 def _mask(mask: MaskSpec) -> Mask:

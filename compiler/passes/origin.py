@@ -12,6 +12,9 @@ _WITHIN_LAYER = {
     "self_attn": "attention",
     "position": "position",
     "mlp": "ffn",
+    "gate": "router",
+    "experts": "experts",
+    "shared_experts": "shared",
 }
 """Part of a canonical path → key of the spec; parts that have none (q_proj) belong to the key above them."""
 _OUTSIDE_LAYERS = {

@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 from types import MappingProxyType
 from typing import TypeVar
 
-from archwright.compiler.blocks import Embedding, Head, LayerNorm, Linear, RMSNorm
+from archwright.compiler.blocks import Embedding, Experts, Head, LayerNorm, Linear, MixtureOfExperts, RMSNorm
 from archwright.compiler.ir import TABLE_AXES, Axis, Block, Boundary, Degrees, Param, Plan, Program, Split
 from archwright.compiler.passes.stages import cut_stages
 from archwright.spec import ArchwrightError
@@ -44,8 +44,8 @@ def partition(program: Program, degrees: Degrees, table: Mapping[Axis, str] = IN
 
     A matrix whose output axis is sharded leaves its output sharded; one that contracts over a sharded axis gets
     `reduce`, and so does a table whose rows are cut; a block whose matrices turn a replicated input into sharded
-    outputs gets `enter`. With `degrees.sequence` what lies between is spread over the tensor ranks token by token, and
-    the parameters that are read there are `partial`.
+    outputs gets `enter`. Experts that are spread over an axis get `dispatch`. With `degrees.sequence` what lies between
+    is spread over the tensor ranks token by token, and the parameters that are read there are `partial`.
     Raises ArchwrightError IR001 where an axis cannot be cut.
     """
 
@@ -89,7 +89,9 @@ def _annotate(block: Block, degrees: Degrees) -> Block:
         return _map_params(block, _read_in_pieces) if tokens else block
     if isinstance(block, Linear):
         split = block.weight.split
-        if split is None or split.dim == 0:
+        if split is None:  # a router, which each rank reads for the tokens that it has
+            return _map_params(block, _read_in_pieces) if tokens else block
+        if split.dim == 0:
             return block
         bias = block.bias and _read_in_pieces(block.bias) if tokens else block.bias
         return replace(block, bias=bias, reduce=Boundary(mesh_axis=split.mesh_axis, tokens=tokens))
@@ -100,6 +102,12 @@ def _annotate(block: Block, degrees: Degrees) -> Block:
         if isinstance(block, Embedding):
             return replace(block, reduce=boundary)
         return replace(block, enter=boundary, gather=replace(boundary, tokens=False))
+    if isinstance(block, Experts):
+        cuts = {split.dim: split.mesh_axis for split in block.gate_proj.splits}
+        boundary = Boundary(mesh_axis=cuts[1], tokens=tokens) if 1 in cuts else None
+        return replace(block, enter=boundary, reduce=boundary, dispatch=cuts.get(0))
+    if isinstance(block, MixtureOfExperts):
+        return replace(block, spread="tensor" if tokens else None)
     splits = [sub.weight.split for sub in block.children().values() if isinstance(sub, Linear)]
     axes = {split.mesh_axis for split in splits if split and split.dim == 0}
     assert len(axes) <= 1, "one block's outputs lie on one mesh axis"

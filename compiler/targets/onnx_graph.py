@@ -29,6 +29,7 @@ from archwright.compiler.ir.program import instance_of
 from archwright.compiler.targets.rank_data import Placed, write_rank_data
 from archwright.compiler.weights.streaming import Weights
 from archwright.spec import ArchwrightError
+from archwright.spec.manifest import FileEntry
 
 IR_VERSION = 12
 ALIGNMENT = 4096
@@ -47,6 +48,14 @@ class RankGraph:
     operations: tuple[str, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """The graph of each rank. data: hash and size of the data file beside each, by its path, where it was written."""
+
+    graphs: tuple[Path, ...]
+    data: Mapping[Path, FileEntry]
+
+
 def graph_path(folder: Path, rank: int, stage: int = 0) -> Path:
     """Where the graph of a rank lies in an artifact; its data and its engine differ in the suffix."""
     return folder / f"rank{rank}" / f"stage{stage}.onnx"
@@ -60,8 +69,8 @@ def export_graphs(
     precision: str,
     capacity: int,
     spec_digest: str = "",
-) -> list[Path]:
-    """Write `rank{r}/stage0.onnx` and `rank{r}/stage0.data` of every rank into `folder`, and return the graphs' paths.
+) -> Export:
+    """Write `rank{r}/stage0.onnx` and `rank{r}/stage0.data` of every rank into `folder`.
 
     weights: None writes the graphs alone, which is enough to look at shapes and layers.
     precision: float32, float16 or bfloat16, of weights, activations and caches; logits are float32 in each.
@@ -85,9 +94,11 @@ def export_graphs(
         onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
         path.write_bytes(graph.model.SerializeToString(deterministic=True))
         paths.append(path)
+    data: dict[Path, FileEntry] = {}
     if weights is not None:
-        write_rank_data([path.with_suffix(".data") for path in paths], graph.layout, plan.program, weights)
-    return paths
+        files = [path.with_suffix(".data") for path in paths]
+        data = dict(zip(files, write_rank_data(files, graph.layout, plan.program, weights), strict=True))
+    return Export(graphs=tuple(paths), data=data)
 
 
 def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapping[str, int]) -> RankGraph:

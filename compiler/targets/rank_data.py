@@ -1,35 +1,38 @@
 """The weights of all ranks, written beside their graphs in one pass over the model's weights.
 
 Each parameter is read once, some rows at a time, and written while the next one is read. What is in memory: a few slabs
-of rows, and of two matrices that are stored transposed the whole, in the precision of the files.
+of rows, and of two parameters whose matrices are stored transposed the whole, in the precision of the files.
 """
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from os import cpu_count
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import NUMPY_DTYPES, External
 from archwright.compiler.ir import Param, Program
+from archwright.compiler.weights.hashed_file import HashedFile
 from archwright.compiler.weights.streaming import Weights, write_array
+from archwright.spec.manifest import FileEntry
 
 Array = NDArray[Any]
 
-SLAB_VALUES = 1 << 24
+SLAB_VALUES = 1 << 23
 """Values that are read at once where rows are written as they come."""
 TILE_VALUES = 1 << 19
 """Values that a thread reads at once where rows are transposed: as many as its processor's cache holds."""
 SCRATCH_BYTES = 256 << 20
 """Transposed matrices up to this size are made in memory that is used again: the system takes longer to hand out fresh
 memory than the transposing takes."""
-TILE_COLUMNS = 256
+TILE_ROWS, TILE_COLUMNS = 64, 512
 CACHE_LINE_BYTES = 64
 
 
@@ -59,28 +62,32 @@ class Placed:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_rank_data(paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights) -> None:
-    """Write the data file of every rank.
+def write_rank_data(
+    paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights
+) -> list[FileEntry]:
+    """Write the data file of every rank, and return their hashes and sizes.
 
     program: the global one, whose parameters say how they are split.
     """
     params = program.params()
     with ExitStack() as stack:
-        files = [stack.enter_context(path.open("wb")) for path in paths]
+        files = [stack.enter_context(HashedFile(path)) for path in paths]
         writer = stack.enter_context(_Writer())
         scratch = _Scratch(max((placed.num_bytes for placed in layout), default=0) * len(files))
         for placed in layout:
             source = placed.external.source
             if not isinstance(source, str):
                 pieces = iter([[source()] * len(files)])
-            elif placed.external.transposed:
+            elif (order := placed.external.order) is not None:
                 param = params[source]
-                whole = scratch.empty(param.shape[::-1], placed.dtype)
-                pieces = _transposed(param, weights, source, whole, len(files))
+                whole = scratch.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
+                _fill(whole, order, param, weights, source)
+                pieces = iter([[_reordered(whole, order, param, rank, placed.shape) for rank in range(len(files))]])
             else:
                 pieces = _rows(params[source], weights, source, len(files))
             for number, parts in enumerate(pieces):
                 writer.submit(files, placed, parts, first=number == 0)
+    return [FileEntry(sha256=file.sha256, bytes=file.num_bytes) for file in files]
 
 
 class _Writer:
@@ -91,13 +98,13 @@ class _Writer:
         self._last: Future[None] | None = None
         return self
 
-    def submit(self, files: Sequence[BinaryIO], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
+    def submit(self, files: Sequence[HashedFile], placed: Placed, parts: Sequence[Array], *, first: bool) -> None:
         """Append each rank's part to its file, behind the padding where it is the first piece of a tensor."""
 
         def write() -> None:
             for file, part in zip(files, parts, strict=True):
                 if first:
-                    file.write(bytes(placed.offset - file.tell()))
+                    file.write(bytes(placed.offset - file.num_bytes))
                 write_array(file, part, placed.dtype, part.shape, placed.name)
 
         self._wait()
@@ -134,7 +141,7 @@ class _Scratch:
 def _rows(param: Param, weights: Weights, name: str, ranks: int) -> Iterator[list[Array]]:
     """Each rank's part as it is stored, [out, in], some rows at a time."""
     slices = [_slices(param, rank) for rank in range(ranks)]
-    for rows in _slabs(param, SLAB_VALUES):
+    for rows in _slabs(param.shape[0], prod(param.shape[1:]), SLAB_VALUES):
         slab = weights.read(name, (rows, *_all(param)[1:]))
         parts: list[Array] = []
         for own, *inner in slices:
@@ -144,36 +151,44 @@ def _rows(param: Param, weights: Weights, name: str, ranks: int) -> Iterator[lis
         yield parts
 
 
-def _transposed(param: Param, weights: Weights, name: str, whole: Array, ranks: int) -> Iterator[list[Array]]:
-    """Each rank's part as [in, out], in one piece; `whole` is filled with the transposed parameter."""
+def _fill(whole: Array, order: tuple[int, ...], param: Param, weights: Weights, name: str) -> None:
+    """The parameter into `whole`, whose dims are the parameter's in another order: each of its matrices transposed."""
+    natural = whole.transpose(np.argsort(order))
+    *stack, rows, columns = param.shape
 
-    def fill(rows: slice) -> None:
-        _transpose(weights.read(name, (rows, *_all(param)[1:])), whole[:, rows])
+    def fill(place: tuple[tuple[int, ...], slice]) -> None:
+        number, part = place
+        slices = (*(slice(index, index + 1) for index in number), part, slice(None))
+        _transpose(weights.read(name, slices).reshape(-1, columns), natural[(*number, part)].T)
 
     with ThreadPoolExecutor(cpu_count()) as pool:
-        for _ in pool.map(fill, _slabs(param, TILE_VALUES)):
+        for _ in pool.map(fill, product(np.ndindex(*stack), _slabs(rows, columns, TILE_VALUES))):
             pass
-    yield [whole[_slices(param, rank)[::-1]] for rank in range(ranks)]
+
+
+def _reordered(whole: Array, order: tuple[int, ...], param: Param, rank: int, shape: tuple[int, ...]) -> Array:
+    """A rank's part of what `_fill` made: a view of `whole`, or a copy where `shape` joins dims that are cut."""
+    part = whole[tuple(_slices(param, rank)[dim] for dim in order)]
+    assert part.size == prod(shape), f"a part is {part.shape}, announced as {shape}"
+    return part.reshape(shape)
 
 
 def _transpose(source: Array, target: Array) -> None:
     """target = sourceᵀ, in tiles: what is read and what is written both stay in the processor's cache, and a tile's
-    rows fill whole cache lines. Ten times faster than NumPy's own copy of a transposed array.
+    rows fill whole cache lines, several in a row. Ten times faster than NumPy's own copy of a transposed array.
     """
     source = source.astype(target.dtype, copy=False)
     if target.dtype.itemsize == 2:  # NumPy is slow at copying bfloat16, which it does not know
         source, target = source.view(np.uint16), target.view(np.uint16)
     rows, columns = source.shape
-    tile_rows = CACHE_LINE_BYTES // target.dtype.itemsize
-    for row in range(0, rows, tile_rows):
+    for row in range(0, rows, TILE_ROWS):
         for column in range(0, columns, TILE_COLUMNS):
-            tile = source[row : row + tile_rows, column : column + TILE_COLUMNS]
-            target[column : column + TILE_COLUMNS, row : row + tile_rows] = tile.T
+            tile = source[row : row + TILE_ROWS, column : column + TILE_COLUMNS]
+            target[column : column + TILE_COLUMNS, row : row + TILE_ROWS] = tile.T
 
 
-def _slabs(param: Param, num_values: int) -> Iterator[slice]:
-    """Ranges of rows that cover the parameter, of about `num_values` each."""
-    rows, row_size = param.shape[0], prod(param.shape[1:])
+def _slabs(rows: int, row_size: int, num_values: int) -> Iterator[slice]:
+    """Ranges that cover so many rows, of about `num_values` each."""
     step = max(1, num_values // row_size // CACHE_LINE_BYTES) * CACHE_LINE_BYTES  # whole cache lines when transposed
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 

@@ -10,12 +10,13 @@ def config_json(spec: Spec, dtype: str) -> dict[str, Any] | None:
 
     Llama: equal layers of RMSNorm, RoPE, causal attention, SwiGLU. Mistral: the same under a sliding window. Qwen2:
     the same with biases on queries, keys and values. `LlamaConfig` refuses a hidden size that is no multiple of the
-    heads, even where `head_dim` is given: such a model has no configuration rather than one that fails to load.
+    heads, even where `head_dim` is given: such a model has no configuration rather than one that fails to load. Nor has
+    a mixture of experts, whose matrices `transformers` keeps under other names in its files.
     """
     model = spec.model
     layer = model.runs[0].layer
     family = _family(model, layer)
-    if family is None:
+    if family is None or not isinstance(layer.ffn, SwiGluFfn):
         return None
     attention, mask = layer.attention, layer.attention.mask
     config: dict[str, Any] = {
@@ -50,11 +51,10 @@ def _family(model: Model, layer: Layer) -> str | None:
         and model.positions is None
         and layer.norm.kind == "rmsnorm"
         and attention.position.kind == "rope"
-        and isinstance(layer.ffn, SwiGluFfn)
     )
-    plain = not layer.ffn.bias and attention.bias == "none"
-    if not common:
+    if not common or not isinstance(layer.ffn, SwiGluFfn):
         return None
+    plain = not layer.ffn.bias and attention.bias == "none"
     if attention.mask.kind == "window":
         return "Mistral" if plain else None
     if attention.bias == "qkv":

@@ -51,18 +51,35 @@ def draw(
     if not isinstance(param.init, Normal):
         return np.full(local, 1 if isinstance(param.init, Ones) else 0, dtype)
     out = np.empty(local, dtype)
+    _draw_part(out, shape, bounds, 0, _key(seed, name), _table(param.init.std, np.dtype(dtype)))
+    return out
+
+
+def _draw_part(
+    out: NDArray[Any],
+    shape: tuple[int, ...],
+    bounds: list[tuple[int, int]],
+    offset: int,
+    key: int,
+    table: NDArray[Any],
+) -> None:
+    """The elements within `bounds` of a tensor of `shape`, which begins at element `offset` of the stream."""
     row_size = prod(shape[1:])
+    if len(shape) > 2:  # a stack, matrix by matrix
+        for index in range(*bounds[0]):
+            _draw_part(out[index - bounds[0][0]], shape[1:], bounds[1:], offset + index * row_size, key, table)
+        return
+    local = out.shape
     first, last = bounds[0]
     rows_at_once = max(1, (16 * BLOCK) // row_size)
     inner = tuple(slice(start, stop) for start, stop in bounds[1:])
-    key, table = _key(seed, name), _table(param.init.std, np.dtype(dtype))
 
     def fill(start: int) -> None:
         stop = min(start + rows_at_once, last)
         part = out[start - first : stop - first]
         # Whole rows are drawn where they belong; of cut ones the rest is drawn and dropped.
-        flat = part.reshape(-1) if local[1:] == shape[1:] else np.empty((stop - start) * row_size, dtype)
-        _draw_into(flat, key, start * row_size, table)
+        flat = part.reshape(-1) if local[1:] == shape[1:] else np.empty((stop - start) * row_size, out.dtype)
+        _draw_into(flat, key, offset + start * row_size, table)
         if local[1:] != shape[1:]:
             part[:] = flat.reshape(stop - start, *shape[1:])[(slice(None), *inner)]
 
@@ -72,7 +89,6 @@ def draw(
     else:
         with ThreadPoolExecutor(cpu_count()) as pool:
             _drain(pool.map(fill, starts))
-    return out
 
 
 def _drain(results: Iterable[None]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -36,8 +36,16 @@ PRECISIONS: Mapping[str, np.dtype[Any]] = {
 }
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 64
+SLAB_BYTES = 1 << 20
+"""Of a tensor that is rounded or made contiguous while it is written: what a processor's cache holds."""
 MAX_FILE_BYTES = 5 << 30
 INDEX = "model.safetensors.index.json"
+
+
+class Sink(Protocol):
+    """What bytes are appended to."""
+
+    def write(self, data: Any, /) -> object: ...
 
 
 class Weights(Protocol):
@@ -170,10 +178,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             write_array(file, tensor.produce(), tensor.dtype, tensor.shape, name)
 
 
-def write_array(file: BinaryIO, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> None:
+def write_array(file: Sink, array: Array, dtype: np.dtype[Any], shape: tuple[int, ...], name: str) -> None:
     """Append an array's bytes in `dtype`, rounding in slabs so that no second copy of a large tensor is made."""
     assert array.shape == shape, f"{name} is {array.shape}, announced as {shape}"
-    rows = max(1, (16 << 20) // max(1, array[:1].nbytes))
+    rows = max(1, SLAB_BYTES // max(1, array[:1].nbytes))
     for start in range(0, max(1, len(array)), rows):
         file.write(np.ascontiguousarray(array[start : start + rows], dtype=dtype).view(np.uint8).data)
 

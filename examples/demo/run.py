@@ -26,6 +26,7 @@ STEPS = {"bfloat16": 1000, "float32": 600}
 """Pretraining steps: fixed for each precision, so that two runs on like machines give the same model."""
 QUESTIONS = ("What is json.loads?", "What is threading.Lock.acquire?")
 MUST_BEAT = ("add-one trigram", "gzip -9 per file")
+COUNT_EVERY_S = 5
 SAMPLE = "def read_lines(path):"
 
 
@@ -44,14 +45,25 @@ class Demo:
             print(f"[{name}] done before: {result}")
             return ""
         print(f"\n[{name}] archwright {' '.join(arguments)}", flush=True)
-        started = time.perf_counter()
         command = [str(Path(sys.executable).with_name("archwright")), *arguments]
-        captured = "--output-format" in arguments
-        done = subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE if captured else None, text=True)
-        if done.returncode:
-            sys.exit(f"demo: `archwright {arguments[0]}` ended with exit status {done.returncode}")
-        self._count(name, time.perf_counter() - started)
-        return done.stdout or ""
+        captured = subprocess.PIPE if "--output-format" in arguments else None
+        with subprocess.Popen(command, cwd=self.folder, stdout=captured, text=True) as process:
+            output = self._timed(name, process)
+        if process.returncode:
+            sys.exit(f"demo: `archwright {arguments[0]}` ended with exit status {process.returncode}")
+        return output
+
+    def _timed(self, name: str, process: subprocess.Popen[str]) -> str:
+        """Wait for a step's end, and count its seconds as they pass: one that is killed has taken time as well."""
+        while True:
+            started = time.perf_counter()
+            try:
+                output, _ = process.communicate(timeout=COUNT_EVERY_S)
+                return output or ""
+            except subprocess.TimeoutExpired:
+                continue
+            finally:
+                self._count(name, time.perf_counter() - started)
 
     def _count(self, name: str, seconds: float) -> None:
         """Add to the step's seconds, which are kept over interruptions."""

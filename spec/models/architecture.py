@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, PositiveFloat, PositiveInt, Tag
+from pydantic import Discriminator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, Tag
 
 from archwright.spec.models.base import Node
 
@@ -103,6 +103,47 @@ class GeluFfn(Node):
     """none: x · Φ(x); tanh: GPT-2's formula for it."""
 
 
+class Router(Node):
+    """How a token's experts are weighed: the highest logits choose them, their scores weigh their outputs."""
+
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    """Of a logit: softmax over all experts (Mixtral, Qwen), or each one's sigmoid (DeepSeek-V3)."""
+    normalize: bool = True
+    """The weights of a token's experts are divided by their sum."""
+    scale: PositiveFloat = 1.0
+    """The weights are multiplied by this in the end (`routed_scaling_factor`)."""
+
+
+class SharedExpert(Node):
+    """A SwiGLU that every token goes through, beside its experts (Dai et al. 2024)."""
+
+    hidden_size: PositiveInt
+    """Inner width; several shared experts are one of their summed width."""
+
+
+class MoeFfn(Node):
+    """Mixture of experts: each token goes through `experts_per_token` of many SwiGLUs (Shazeer et al. 2017).
+
+    y = shared(x) + Σ over the chosen experts of weight · expert(x). No token is dropped, however many choose an expert.
+    In training the loss of each layer grows by its penalties, per sequence and weighted by the sequence's targets.
+    """
+
+    kind: Literal["moe"]
+    experts: PositiveInt
+    """The number of experts."""
+    experts_per_token: PositiveInt = 2
+    """Experts that each token goes through."""
+    hidden_size: PositiveInt
+    """Inner width of one expert."""
+    shared: SharedExpert | None = None
+    router: Router = Router()
+    balance_loss: NonNegativeFloat = 0.01
+    """Times experts · Σ over e of (share of the choices that fall on e) · (mean normalised score of e), which is 1
+    where a sequence uses its experts evenly (Fedus et al. 2022; per sequence as in DeepSeek-V3)."""
+    z_loss: NonNegativeFloat = 0.001
+    """Times the mean of logsumexp(router logits)², which keeps logits small (Zoph et al. 2022)."""
+
+
 class NormalInit(Node):
     """Every matrix from N(0, std²)."""
 
@@ -118,7 +159,7 @@ class DepthScaledInit(Node):
 
 
 Attention = GqaAttention
-Ffn = Annotated[SwiGluFfn | GeluFfn, Field(discriminator="kind")]
+Ffn = Annotated[SwiGluFfn | GeluFfn | MoeFfn, Field(discriminator="kind")]
 Init = Annotated[NormalInit | DepthScaledInit, Field(discriminator="kind")]
 
 

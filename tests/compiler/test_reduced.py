@@ -15,7 +15,7 @@ def load_again(spec: Spec, folder: Path) -> Spec:
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
-@pytest.mark.parametrize("name", ["tiny", "llama3.2-1b", "llama3.1-8b"])
+@pytest.mark.parametrize("name", ["tiny", "llama3.2-1b", "llama3.1-8b", "mixtral-8x7b"])
 def test_presets(tmp_path: Path, name: str, degree: int) -> None:
     spec = load(f"preset:{name}", {"build.parallel.tensor": degree})
     small = reduced(spec)
@@ -66,3 +66,14 @@ def test_a_mixed_stack_keeps_two_layers_of_each_kind() -> None:
     model = {"vocab_size": 600, "hidden_size": 64, "max_positions": 64, "layers": runs}
     small = reduced(Spec.model_validate({"version": 1, "name": "mixed", "model": model}))
     assert [(run.repeat, run.layer.ffn.hidden_size) for run in small.model.runs] == [(2, 1024), (1, 256)]
+
+
+def test_experts_are_few_and_routed_as_before() -> None:
+    moe = {"kind": "moe", "experts": 64, "experts_per_token": 6, "hidden_size": 1408, "shared": {"hidden_size": 2816}}
+    spec = load("preset:tiny", {"model.layer.ffn": {**moe, "router": {"score": "sigmoid", "scale": 2.5}}})
+    before, after = spec.model.runs[0].layer.ffn, reduced(spec).model.runs[0].layer.ffn
+    assert before.kind == after.kind == "moe" and after.shared is not None
+    assert (after.experts, after.experts_per_token, after.hidden_size, after.shared.hidden_size) == (6, 6, 256, 1024)
+    assert after.router == before.router
+    few = reduced(load("preset:mixtral-8x7b")).model.runs[0].layer.ffn
+    assert few.kind == "moe" and (few.experts, few.experts_per_token) == (4, 2)

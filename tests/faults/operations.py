@@ -16,6 +16,7 @@ import archwright.runtime.build_verb
 import archwright.runtime.building
 import archwright.trainers.data_verb
 import archwright.trainers.training
+from archwright.compiler.ir import Degrees
 from archwright.compiler.weights.folder import checkpoints, newest_checkpoint
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
 from archwright.runtime.text.tokenizer import open_tokenizer
@@ -25,7 +26,7 @@ from archwright.spec.cli import parse_overrides
 from archwright.spec.files import sha256_file
 from archwright.spec.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
 from archwright.trainers.checkpoints import Progress
-from archwright.trainers.loop import make_trainer, save, train_step
+from archwright.trainers.loop import launch_step, make_trainer, save
 from archwright.trainers.metrics import METRICS, read_metrics
 from archwright.trainers.run_folder import Inputs, Start, open_inputs, write_model
 
@@ -223,8 +224,8 @@ class _Runs:
         self.inputs: Inputs = open_inputs(load(self._straight / "spec.yaml", {}))
         progress = Progress(step=0, tokens=0, data_digest=self.inputs.data_digest)
         start = Start(checkpoint=None, progress=progress)
-        self._trainer = make_trainer(self.spec, self.inputs, start, torch.device("cpu"))
-        train_step(self._trainer, progress)
+        self._trainer = make_trainer(self.spec, self.inputs, start, Degrees(), torch.device("cpu"))
+        launch_step(self._trainer, 0)
 
     def save(self, root: Path) -> int:
         """What a training writes after step 4."""

@@ -9,7 +9,6 @@ BASE: Overrides = {
     "tokenizer.vocab_size": 91,
     "model.hidden_size": 32,
     "model.layers": 4,
-    "model.layer.ffn.hidden_size": 48,
     "parallel.data_shard": 1,
     "train.batch_size": 8,
     "train.sequence_length": 16,
@@ -19,7 +18,7 @@ BASE: Overrides = {
     "train.optimizer.learning_rate": 3e-3,
 }
 MODELS: dict[str, Overrides] = {
-    "tied": {},
+    "tied": {"model.layer.ffn.hidden_size": 48},
     "untied": {
         "model.tied_embeddings": False,
         "model.positions": {"kind": "learned"},
@@ -30,6 +29,20 @@ MODELS: dict[str, Overrides] = {
         "model.layer.ffn": {"kind": "gelu", "hidden_size": 48},
     },
 }
+
+
+MOE: Overrides = {
+    "model.layer.ffn": {
+        "kind": "moe",
+        "experts": 4,
+        "experts_per_token": 2,
+        "hidden_size": 16,
+        "shared": {"hidden_size": 24},
+        "balance_loss": 0.05,
+        "z_loss": 0.01,
+    }
+}
+MODELS |= {"moe": MOE, "moe, untied": {"model.tied_embeddings": False, **MOE}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +70,14 @@ MESHES: dict[str, Mesh] = {
     "data_shard 2, checkpointing": Mesh(processes=2, settings={"parallel.data_shard": 2, **FULL}),
     "tensor 2": _mesh(2, tensor=2),
     "tensor 2, sequence": _mesh(2, tensor=2, sequence=True),
+    "tensor 2, sequence, single rows": Mesh(
+        processes=2, settings={"parallel.tensor": 2, "parallel.sequence": True, "train.micro_batches": 8}
+    ),
     "tensor 2, sequence, selective": Mesh(
         processes=2, settings={"parallel.tensor": 2, "parallel.sequence": True, **SELECTIVE}
     ),
     "context 2": _mesh(2, context=2),
+    "expert 2": _mesh(2, expert=2),
     "pipeline 2, 1f1b": _mesh(2, pipeline=2),
     "pipeline 2, gpipe": _mesh(2, pipeline=2, schedule={"kind": "gpipe"}),
     "pipeline 2, interleaved": _mesh(2, pipeline=2, schedule={"kind": "interleaved"}),
@@ -78,6 +95,9 @@ MESHES: dict[str, Mesh] = {
     "data_replicate 2, data_shard 2": _mesh(4, data_replicate=2, data_shard=2),
     "context 2, tensor 2, sequence": _mesh(4, context=2, tensor=2, sequence=True),
     "context 2, data_shard 2": _mesh(4, context=2, data_shard=2),
+    "expert 2, tensor 2, sequence": _mesh(4, expert=2, tensor=2, sequence=True),
+    "expert 2, data_shard 2": _mesh(4, expert=2, data_shard=2),
+    "pipeline 2, expert 2": _mesh(4, pipeline=2, expert=2),
 }
 
 NUM_STEPS = 100

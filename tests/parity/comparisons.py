@@ -8,20 +8,22 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 
 from archwright.compiler.blocks import Rope
+from archwright.compiler.distributed.apply import Options, apply_plan
 from archwright.compiler.interpreters import torch_ops
 from archwright.compiler.interpreters.numpy_ops import NumpyOps
 from archwright.compiler.ir import Degrees, Step
-from archwright.compiler.passes import lower, run_passes
+from archwright.compiler.passes import TRAINING_TABLE, lower, run_passes
 from archwright.compiler.tolerances import TOLERANCES, largest_error
 from archwright.spec import Spec
 from archwright.trainers import loop
-from archwright.trainers.batches import Batch
+from archwright.trainers.batches import Batch, Share
 from tests.parity.cases import Array, Case, Outputs, TestWeights, make_case, oracle, oracle_slope, oracle_through_cache
 from tests.parity.ranks import Ranks
 from tests.parity.strategies import legal_degrees
@@ -115,12 +117,29 @@ def _micro_batches(subject: Subject, _: Ranks) -> float:
     """The trainer's accumulation: the mean loss over all targets, its rows in two pieces of different counts."""
     case, expected = subject.case, subject.expected
     assert expected.loss_sum is not None and expected.num_tokens is not None
-    module = torch_module(case, torch.float64)
-    batch = Batch(ids_BS=case.ids_BS, targets_BS=case.targets_BS)
-    loss = loop.accumulate(module, batch, 2, torch.device("cpu"))
+    trainer = _trainer(subject, micro_batches=2)
+    loss, num_targets = loop.accumulate(trainer, Batch(ids_BS=case.ids_BS, targets_BS=case.targets_BS))
+    if num_targets != expected.num_tokens:
+        return float("inf")
     means = {name: gradient / expected.num_tokens for name, gradient in subject.gradients.items()}
     of_loss = largest_error(loss.numpy(), np.array(expected.loss_sum / expected.num_tokens))
-    return max(of_loss, gradient_error(gradients_of(module), means))
+    return max(of_loss, gradient_error(gradients_of(trainer.model.module), means))
+
+
+def _trainer(subject: Subject, micro_batches: int) -> loop.Trainer:
+    """What `accumulate` needs: a model in one process."""
+    options = Options(dtype=torch.float64, compute_dtype=torch.float64, device=torch.device("cpu"))
+    model = apply_plan(run_passes(subject.spec, Degrees(), TRAINING_TABLE), subject.case.weights, None, options)
+    unused: Any = None
+    return loop.Trainer(
+        spec=subject.spec,
+        train=unused,
+        model=model,
+        pipeline=None,
+        optimizer=unused,
+        samples=unused,
+        share=Share(micro_batches=micro_batches),
+    )
 
 
 def _rotation(subject: Subject, _: Ranks) -> float:
@@ -132,7 +151,7 @@ def _rotation(subject: Subject, _: Ranks) -> float:
         positions_BS = torch.arange(table.max_positions)[None]
         shape = (1, 4, table.max_positions, table.head_dim)
         x_BNSH = torch.randn(shape, generator=generator).bfloat16()
-        step = torch_ops.make_step({table.key: table}, [], positions_BS, ops.dtype)
+        step = torch_ops.make_step({table.key: table}, [], ops.dtype, positions_BS=positions_BS)
         actual_BNSH = ops.rope(x_BNSH, table, step).double().numpy()
         exact_BNSH = NumpyOps({}).rope(x_BNSH.double().numpy(), table, Step(positions_BS=positions_BS.numpy()))
         smallest = 1e-4 * np.abs(exact_BNSH).max()  # below it, the float32 arithmetic in between shows
@@ -152,14 +171,18 @@ def _on_two_ranks(dtype: str) -> Callable[[Subject, Ranks], float]:
     return measure
 
 
-def _trained(subject: Subject, ranks: Ranks) -> float:
+def _trained(degrees: Degrees) -> Callable[[Subject, Ranks], float]:
     """Logits, loss and gradients of the module that training uses; every rank gathers the same ones."""
-    plan, errors, expected = run_passes(subject.spec, Degrees(tensor=2)), [], subject.expected
-    for whole_BSV, loss_sum, gradients in ranks.run(subject.case, plan, dtype=None):
-        errors.append(largest_error(whole_BSV, expected.whole_BSV))
-        errors.append(largest_error(np.array(loss_sum), np.array(expected.loss_sum)))
-        errors.append(gradient_error(gradients, subject.gradients))
-    return max(errors)
+
+    def measure(subject: Subject, ranks: Ranks) -> float:
+        plan, errors, expected = run_passes(subject.spec, degrees, TRAINING_TABLE), [], subject.expected
+        for whole_BSV, loss_sum, gradients in ranks.run(subject.case, plan, dtype=None):
+            errors.append(largest_error(whole_BSV, expected.whole_BSV))
+            errors.append(largest_error(np.array(loss_sum), np.array(expected.loss_sum)))
+            errors.append(gradient_error(gradients, subject.gradients))
+        return max(errors)
+
+    return measure
 
 
 def _onnx(degree: int) -> Callable[[Subject, Ranks], float]:
@@ -220,7 +243,9 @@ COMPARISONS: Mapping[str, Comparison] = {
     "torch, RoPE in bfloat16": Comparison(measure=_rotation, tolerance=ONE_ROUNDING, applies=_has_rope),
     "two processes, float64": Comparison(measure=_on_two_ranks("float64"), tolerance=FLOAT64),
     "two processes, float32": Comparison(measure=_on_two_ranks("float32"), tolerance=FLOAT32),
-    "two processes, training": Comparison(measure=_trained, tolerance=GRADIENTS),
+    "two processes, training": Comparison(measure=_trained(Degrees(tensor=2)), tolerance=GRADIENTS),
+    "two processes, sequence": Comparison(measure=_trained(Degrees(tensor=2, sequence=True)), tolerance=GRADIENTS),
+    "two processes, context": Comparison(measure=_trained(Degrees(context=2)), tolerance=GRADIENTS),
     "ONNX Runtime": Comparison(measure=_onnx(1), tolerance=ONNX),
     "ONNX Runtime, bfloat16 weights": Comparison(measure=_half_onnx, tolerance=ONNX),
     "ONNX Runtime, 2 ranks joined": Comparison(measure=_onnx(2), tolerance=ONNX, applies=_splits_over(2)),
@@ -231,8 +256,14 @@ COMPARISONS: Mapping[str, Comparison] = {
     "compiled, inductor": Comparison(measure=_compiled("inductor", torch.float32), tolerance=FLOAT32),
 }
 
-SOMETIMES = {"two processes, float32": 1, "ONNX Runtime, bfloat16 weights": 2}
-"""Comparisons that repeat others in another dtype: for one spec in four, by the remainder of its seed."""
+SOMETIMES = {
+    "two processes, sequence": 0,
+    "two processes, float32": 1,
+    "ONNX Runtime, bfloat16 weights": 2,
+    "two processes, context": 3,
+}
+"""Comparisons that repeat others in another dtype or on another mesh: for one spec in four, by the remainder of its
+seed."""
 
 
 def interpreted(seed: int) -> list[str]:

@@ -8,17 +8,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from archwright.compiler.blocks import Linear, PositionedEmbedding, SwiGLU
-from archwright.compiler.interpreters import torch_module, torch_ops
+from archwright.compiler.blocks import Experts, Linear, PositionedEmbedding, SwiGLU
+from archwright.compiler.distributed import context
+from archwright.compiler.interpreters import cross_entropy, torch_module, torch_ops
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
 from archwright.compiler.interpreters.torch_module import BlockModule
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import RopeTable, Split, Window
 from archwright.trainers import loop
+from archwright.trainers.batches import Batch
 
 Patch = Callable[[pytest.MonkeyPatch], None]
 PARTITION = "archwright.compiler.passes.partition"
@@ -128,8 +131,8 @@ def _no_norm_bias(original: Any, ops: Any, x_BSD: Any, weight_D: Any, bias_D: An
     return original(ops, x_BSD, weight_D, None, eps)
 
 
-def _unscaled(original: Any, table: RopeTable) -> Any:
-    return original(replace(table, factor=None))
+def _unscaled(original: Any, table: RopeTable, *rest: Any) -> Any:
+    return original(replace(table, factor=None), *rest)
 
 
 def _first_rows_positions(original: Any, *args: Any, positions_BS: Any = None, **rest: Any) -> Any:
@@ -144,20 +147,25 @@ def _next_position(original: Any, block: Any, ops: Any, m: Any, ids_BS: Any, ste
     return original(block, ops, m, ids_BS, step)
 
 
-def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any) -> Any:
-    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD)
+def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any, **rest: Any) -> Any:
+    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD, **rest)
 
 
-def _all_targets_count(original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor) -> Any:
-    return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0))
+def _all_targets_count(
+    original: Any, ops: Any, x_BSD: Any, weight_VD: Any, targets_BS: torch.Tensor, **rest: Any
+) -> Any:
+    return original(ops, x_BSD, weight_VD, targets_BS.clamp(min=0), **rest)
 
 
-def _mean_of_means(original: Any, module: Any, batch: Any, micro_batches: int, device: Any) -> torch.Tensor:
+def _mean_of_means(original: Any, trainer: Any, batch: Batch) -> Any:
     """Each piece's mean loss, and the mean of these: what averaging the ranks' losses does."""
-    losses = [original(module, piece, 1, device) / micro_batches for piece in batch.pieces(micro_batches)]
-    for parameter in module.parameters():
-        parameter.grad /= micro_batches
-    return torch.stack(losses).sum()
+    number = trainer.share.micro_batches
+    pieces = zip(np.split(batch.ids_BS, number), np.split(batch.targets_BS, number), strict=True)
+    alone = replace(trainer, share=replace(trainer.share, micro_batches=1))
+    losses, counts = zip(*[original(alone, Batch(ids_BS=ids, targets_BS=own)) for ids, own in pieces], strict=True)
+    for parameter in trainer.model.parameters.values():
+        parameter.grad /= number
+    return torch.stack(losses).mean(), sum(counts)
 
 
 def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> None:
@@ -169,27 +177,73 @@ def _untied(original: Any, module: BlockModule, name: str, owner: nn.Module) -> 
     original(module, name, owner)
 
 
-def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any) -> Any:
+def _head_forgets(original: Any, ops: Any, x_BSD: Any, weight_VD: torch.Tensor, targets_BS: Any, **rest: Any) -> Any:
     """The head's share of a tied matrix's gradient is lost."""
-    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS)
+    return original(ops, x_BSD, weight_VD.detach() + 0 * weight_VD, targets_BS, **rest)
 
 
-def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any) -> Any:
+def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any, *, reduce: Any, **rest: Any) -> Any:
     if reduce is None or bias is None:
-        return original(ops, x, weight, bias, reduce=reduce)
+        return original(ops, x, weight, bias, reduce=reduce, **rest)
     if isinstance(ops, OnnxOps):
         partial = original(ops, x, weight, bias, reduce=None)
-        return ops._all_reduce(partial, ops.degrees[reduce])
-    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce])
+        return ops._all_reduce(partial, ops.degrees[reduce.mesh_axis])
+    return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce.mesh_axis])
 
 
-def _no_reduce(original: Any, block: Any) -> Any:
-    annotated = original(block)
+def _no_reduce(original: Any, block: Any, degrees: Any) -> Any:
+    annotated = original(block, degrees)
     return replace(annotated, reduce=None) if isinstance(annotated, Linear) else annotated
 
 
-def _no_enter(original: Any, block: Any) -> Any:
-    return replace(original(block), enter=None)
+def _no_enter(original: Any, block: Any, degrees: Any) -> Any:
+    return replace(original(block, degrees), enter=None)
+
+
+def _not_normalized(original: Any, ops: Any, logits_BSE: Any, indices_BSX: Any, routing: Any) -> Any:
+    return original(ops, logits_BSE, indices_BSX, replace(routing, normalize=False))
+
+
+def _reversed_experts(
+    original: Any,
+    ops: Any,
+    x_BSD: Any,
+    weights_BSX: Any,
+    indices_BSX: torch.Tensor,
+    gate_EFD: Any,
+    *rest: Any,
+    **more: Any,
+) -> Any:
+    return original(ops, x_BSD, weights_BSX, len(gate_EFD) - 1 - indices_BSX, gate_EFD, *rest, **more)
+
+
+def _reversed_numbers(original: Any, ops: OnnxOps, name: str, value: Any, dtype: Any) -> Any:
+    return original(ops, name, value[::-1] if name == f"experts/{len(np.atleast_1d(value))}" else value, dtype)
+
+
+def _one_expert_dropped(original: Any, ops: Any, x_BSD: Any, weights_BSX: torch.Tensor, *rest: Any, **more: Any) -> Any:
+    """Of the last token, as an expert of limited capacity would."""
+    kept_BSX = torch.ones_like(weights_BSX)
+    kept_BSX[:, -1, 0] = 0
+    return original(ops, x_BSD, weights_BSX * kept_BSX, *rest, **more)
+
+
+def _penalty_of_the_batch(
+    original: Any, ops: Any, logits_BSE: torch.Tensor, indices_BSX: Any, *rest: Any, **more: Any
+) -> Any:
+    """Shares over all sequences together, which depend on how these are spread over micro-batches and ranks."""
+    penalty_B = original(ops, logits_BSE.flatten(0, 1)[None], indices_BSX.flatten(0, 1)[None], *rest, **more)
+    return penalty_B.expand(len(logits_BSE))
+
+
+def _all_weights_partial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the routers' weights, of which each tensor rank forms a part, is not summed."""
+    monkeypatch.setattr(Experts, "num_entering", 1)
+
+
+def _experts_not_reduced(original: Any, block: Any, degrees: Any) -> Any:
+    annotated = original(block, degrees)
+    return replace(annotated, reduce=None) if isinstance(annotated, Experts) else annotated
 
 
 def _unverified(change: Patch) -> Patch:
@@ -213,8 +267,37 @@ def _strided(original: Any, split: Split, shape: tuple[int, ...], rank: int) -> 
     )
 
 
+def _next_piece(original: Any, x: torch.Tensor, group: Any, dim: int) -> torch.Tensor:
+    """Of the summed sequence each rank goes on with its neighbour's piece."""
+    return original(x.roll(x.shape[dim] // group.size(), dim), group, dim)
+
+
+def _own_gradient(original: Any, ops: TorchOps, value: Any, param: Any) -> Any:
+    return original(ops, value, replace(param, partial=None))
+
+
+def _next_rows(original: Any, ops: TorchOps, weight_VD: torch.Tensor, gather: Any) -> Any:
+    rows = original(ops, weight_VD, gather)
+    return rows and replace(rows, first=rows.first + weight_VD.shape[0])
+
+
+def _rows_of_the_next_rank(original: Any, ops: TorchOps, ids_BS: Any, weight_VD: Any, *, reduce: Any) -> Any:
+    if reduce is not None:
+        ops = replace(ops, ranks={axis: rank + 1 for axis, rank in ops.ranks.items()})
+    return original(ops, ids_BS, weight_VD, reduce=reduce)
+
+
+def _own_largest(original: Any, x: torch.Tensor, group: Any, operation: str = "sum") -> torch.Tensor:
+    return x if operation == "max" else original(x, group, operation)
+
+
+def _whole_gradient(original: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
+    """The sum's gradient is summed as well: what a collective that is its own transpose would do."""
+    return torch_ops.copy_to(original(x, group), group)
+
+
 TORCH, ONNX, JOINED, RANKS = "torch, float32", "ONNX Runtime", "ONNX Runtime, 2 ranks joined", "two processes, float64"
-TRAINED = "two processes, training"
+TRAINED, SEQUENCE, CONTEXT = "two processes, training", "two processes, sequence", "two processes, context"
 
 MUTATIONS: Mapping[str, Mutation] = {
     "scale is 1% larger, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _larger_scale)),
@@ -242,7 +325,7 @@ MUTATIONS: Mapping[str, Mutation] = {
     "rope tables in the computation's dtype, ONNX": Mutation(
         comparison="ONNX Runtime, bfloat16 weights", patch=_wrap(OnnxOps, "_external", _narrow_onnx_tables)
     ),
-    "rope scaling forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(RopeTable, "frequencies", _unscaled)),
+    "rope scaling forgotten, torch": Mutation(comparison=TORCH, patch=_wrap(torch_ops, "_frequencies", _unscaled)),
     "rope scaling forgotten, ONNX": Mutation(comparison=ONNX, patch=_wrap(RopeTable, "frequencies", _unscaled)),
     "learned positions counted from 1, torch": Mutation(
         comparison=TORCH, patch=_wrap(PositionedEmbedding, "forward", _next_position)
@@ -272,6 +355,27 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "stale cache row in decode, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "kv_update", _unwritten_row)),
     "key/value heads tiled, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "attention", _tiled_heads)),
+    "weights of experts not normalised, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "routing_weights", _not_normalized)
+    ),
+    "weights of experts not normalised, ONNX": Mutation(
+        comparison=ONNX, patch=_wrap(OnnxOps, "routing_weights", _not_normalized)
+    ),
+    "experts in another order, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "experts", _reversed_experts)),
+    "experts in another order, ONNX": Mutation(comparison=ONNX, patch=_wrap(OnnxOps, "constant", _reversed_numbers)),
+    "a token's expert dropped, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "experts", _one_expert_dropped)
+    ),
+    "penalties of routers dropped, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "sum_over_targets", lambda original, *args: 0 * original(*args))
+    ),
+    "penalties over the batch, torch": Mutation(
+        comparison=TORCH, patch=_wrap(TorchOps, "router_penalty", _penalty_of_the_batch)
+    ),
+    "gradient of routers not summed over ranks": Mutation(comparison=TRAINED, patch=_unverified(_all_weights_partial)),
+    "all-reduce of experts missing, joined ranks": Mutation(
+        comparison=JOINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _experts_not_reduced))
+    ),
     "tied head untied, torch": Mutation(comparison=TORCH, patch=_wrap(BlockModule, "borrow", _untied)),
     "head's gradient lost": Mutation(
         comparison="torch, gradients", patch=_wrap(TorchOps, "linear_cross_entropy", _head_forgets)
@@ -296,6 +400,24 @@ MUTATIONS: Mapping[str, Mutation] = {
     ),
     "gradient not summed over ranks": Mutation(
         comparison=TRAINED, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _no_enter))
+    ),
+    "gradient of a sum summed again": Mutation(
+        comparison=TRAINED, patch=_wrap(torch_ops, "reduce_from", _whole_gradient)
+    ),
+    "vocabulary of the loss off by one piece": Mutation(comparison=TRAINED, patch=_wrap(TorchOps, "_rows", _next_rows)),
+    "table looked up one piece off": Mutation(
+        comparison=TRAINED, patch=_wrap(TorchOps, "embed", _rows_of_the_next_rank)
+    ),
+    "largest logit not shared": Mutation(comparison=TRAINED, patch=_wrap(cross_entropy, "all_reduce", _own_largest)),
+    "reduce-scatter leaves the neighbour's piece": Mutation(
+        comparison=SEQUENCE, patch=_wrap(torch_ops, "scatter_to", _next_piece)
+    ),
+    "gradients of partial parameters not summed": Mutation(
+        comparison=SEQUENCE, patch=_wrap(TorchOps, "param", _own_gradient)
+    ),
+    "context chunks in plain order": Mutation(
+        comparison=CONTEXT,
+        patch=_wrap(context, "gathered_order", lambda original, length, *rest: original(length, *rest).sort()[0]),
     ),
     "weights cut along the wrong dim": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _wrong_dim)),
     "weights cut in strides, joined ranks": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _strided)),

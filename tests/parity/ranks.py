@@ -5,7 +5,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,29 @@ class Ranks:
         self.folder = folder
         self.processes: list[subprocess.Popen[bytes]] = []
         self._mutation: str | None = None
+        self._started = 0
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "tests.parity.worker"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.processes = [
             subprocess.Popen(
-                [*command, str(rank), str(self.world), str(self.folder / "rendezvous")],
+                [*command, str(rank), str(self.world), str(self.folder / f"rendezvous{self._started}")],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=environment,
             )
             for rank in range(self.world)
         ]  # fmt: skip
+
+    def _abandon(self) -> None:
+        """End the processes, whose connection may be broken; the next call starts others."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            with suppress(BrokenPipeError):  # what it did not read
+                process.stdin.close()
+        self.processes = []
+        self._started += 1
 
     @contextmanager
     def mutated(self, name: str) -> Iterator[None]:
@@ -51,13 +63,17 @@ class Ranks:
             self._start()
         plan = replace(plan, table=dict(plan.table))  # a read-only mapping cannot be pickled
         request = {"case": case, "plan": plan, "dtype": dtype, "mutation": self._mutation}
-        for process in self.processes:
-            pickle.dump(request, process.stdin)
-            process.stdin.flush()
-        answers = [pickle.load(process.stdout) for process in self.processes]
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
+        try:
+            for process in self.processes:
+                pickle.dump(request, process.stdin)
+                process.stdin.flush()
+            answers = [pickle.load(process.stdout) for process in self.processes]
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
+        except Exception:
+            self._abandon()
+            raise
         return answers
 
     def run_local(self, case: Case, plan: Plan, *, dtype: str) -> Outputs:

@@ -25,6 +25,10 @@ SIMPLE: dict[str, tuple[Any, ...]] = {
     "hidden_size": (2, 4, 8),
     "vocab_size": (3, 8),
     "size": (1, 2, 4),
+    "experts": (1, 2),
+    "experts_per_token": (1,),
+    "balance_loss": (0.0,),
+    "z_loss": (0.0,),
 }
 """Field → values to try in its place, the simplest first."""
 MOST_TRIALS = 300

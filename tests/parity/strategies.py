@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 
 from archwright.spec import Spec, load
-from archwright.spec.models import Layer
+from archwright.spec.models import Layer, MoeFfn
 
 Tree = dict[str, Any]
 """A spec as its YAML file says it."""
@@ -38,8 +38,8 @@ def random_tree(seed: int) -> Tree:
     vocabulary, head sizes that are no powers of two and, without RoPE, odd ones; biases of attention and of the
     feed-forward; RMSNorm and LayerNorm with and without a bias; SwiGLU and both GELUs; windows from one token to more
     than the model has; RoPE with and without Llama 3.1's scaling (whose ramp lies inside the sequences that are
-    tried), learned positions, both, and none; tying; and in a quarter of the specs two or three runs of different
-    layers.
+    tried), learned positions, both, and none; tying; in a quarter of the specs two or three runs of different layers;
+    and in a quarter of the layers mixtures of experts, of all kinds of routers, with and without a shared one.
     """
     rng = random.Random(seed)
     model: Tree = {
@@ -60,11 +60,18 @@ def random_tree(seed: int) -> Tree:
         if rng.random() < 0.2 and width > 16:  # a norm over 2 values is mostly rounding
             model["hidden_size"] = width
             del attention["head_dim"]  # the default
-    return _document(model | {"tied_embeddings": rng.random() < 0.5})
+    document = _document(model | {"tied_embeddings": rng.random() < 0.5})
+    _add_experts(random.Random(f"experts {seed}"), model)
+    return document
 
 
 def family_spec(family: Family, seed: int, folder: Path) -> Spec:
-    """A random spec of a family that `transformers` knows: equal layers of RMSNorm, RoPE and SwiGLU.
+    """A random spec of a family that `transformers` knows; see `family_tree`."""
+    return load_tree(family_tree(family, seed), folder / f"{family}{seed}.yaml")
+
+
+def family_tree(family: Family, seed: int) -> Tree:
+    """A random model of a family that `transformers` knows: equal layers of RMSNorm, RoPE and SwiGLU.
 
     Llama has biases everywhere or nowhere; Mistral a window, mostly shorter than the sequences; Qwen2 biases on
     queries, keys and values. Llama's hidden size is a multiple of the heads, on which `LlamaConfig` insists.
@@ -89,7 +96,7 @@ def family_spec(family: Family, seed: int, folder: Path) -> Spec:
         "layer": {"norm": norm, "attention": attention, "ffn": ffn},
         "tied_embeddings": rng.random() < 0.5,
     }
-    return load_tree(_document(model), folder / f"{family}{seed}.yaml")
+    return _document(model)
 
 
 def _document(model: Tree) -> Tree:
@@ -132,6 +139,32 @@ def _ffn(rng: random.Random) -> Tree:
     return ffn | ({"approximation": rng.choice(("none", "tanh"))} if ffn["kind"] == "gelu" else {})
 
 
+def _add_experts(rng: random.Random, model: Tree) -> None:
+    """Replace some feed-forwards. `rng` is not the one that draws the rest, which stays as it was without experts."""
+    runs = model["layers"] if isinstance(model["layers"], list) else [model]
+    for run in runs:
+        if rng.random() < 1 / 4:
+            run["layer"]["ffn"] = _moe(rng)
+
+
+def _moe(rng: random.Random) -> Tree:
+    experts = rng.randrange(2, 9)
+    moe: Tree = {
+        "kind": "moe",
+        "experts": experts,
+        "experts_per_token": rng.randrange(1, min(experts, 4) + 1),
+        "hidden_size": rng.randrange(8, 49, rng.choice((2, 4, 8))),
+        "router": {"score": rng.choice(("softmax", "sigmoid")), "normalize": rng.random() < 0.6},
+        "balance_loss": rng.choice((0.0, 0.01, 1.0)),
+        "z_loss": rng.choice((0.0, 0.001, 0.1)),
+    }
+    if rng.random() < 0.5:
+        moe["router"]["scale"] = rng.uniform(0.5, 3)
+    if rng.random() < 0.5:
+        moe["shared"] = {"hidden_size": rng.randrange(8, 49, rng.choice((2, 4, 8)))}
+    return moe
+
+
 def _rope(rng: random.Random) -> Tree:
     rope: Tree = {"kind": "rope", "theta": 10 ** rng.uniform(2, 6)}
     if rng.random() < 0.4:
@@ -160,7 +193,18 @@ def _splits(layer: Layer, degree: int) -> bool:
     attention = layer.attention
     kv_heads = attention.kv_heads or attention.heads
     shared = kv_heads % degree == 0 or degree % kv_heads == 0
-    return attention.heads % degree == 0 and layer.ffn.hidden_size % degree == 0 and shared
+    return attention.heads % degree == 0 and all(width % degree == 0 for width in _widths(layer)) and shared
+
+
+def _widths(layer: Layer) -> tuple[int, ...]:
+    """What a tensor degree must divide."""
+    ffn = layer.ffn
+    shared = ffn.shared.hidden_size if isinstance(ffn, MoeFfn) and ffn.shared else 0
+    return ffn.hidden_size, shared
+
+
+def _has_bias(layer: Layer) -> bool:
+    return not isinstance(layer.ffn, MoeFfn) and layer.ffn.bias
 
 
 def features(spec: Spec) -> Mapping[str, bool]:
@@ -170,6 +214,7 @@ def features(spec: Spec) -> Mapping[str, bool]:
     kv = [(a.heads, a.kv_heads or a.heads) for a in attentions]
     windows = [a.mask.size for a in attentions if a.mask.kind == "window"]
     norms, ffns = [layer.norm for layer in layers], [layer.ffn for layer in layers]
+    moes = [ffn for ffn in ffns if isinstance(ffn, MoeFfn)]
     ropes = [a.position for a in attentions if a.position.kind == "rope"]
     return {
         "multi-head": any(heads == few for heads, few in kv),
@@ -179,16 +224,25 @@ def features(spec: Spec) -> Mapping[str, bool]:
         "odd hidden size": model.hidden_size % 2 == 1,
         "odd head_dim": any(model.head_dim(a) % 2 for a in attentions),
         "head_dim by default": any(a.head_dim is None for a in attentions),
-        "no biases": all(a.bias == "none" and not f.bias for a, f in zip(attentions, ffns, strict=True)),
+        "no biases": all(layer.attention.bias == "none" and not _has_bias(layer) for layer in layers),
         "biases on q, k, v": any(a.bias == "qkv" for a in attentions),
         "biases on q, k, v, o": any(a.bias == "all" for a in attentions),
-        "biases in the feed-forward": any(f.bias for f in ffns),
+        "biases in the feed-forward": any(_has_bias(layer) for layer in layers),
         "rmsnorm": any(n.kind == "rmsnorm" for n in norms),
         "layernorm": any(n.kind == "layernorm" and not n.bias for n in norms),
         "layernorm with bias": any(n.kind == "layernorm" and n.bias for n in norms),
         "swiglu": any(f.kind == "swiglu" for f in ffns),
         "gelu": any(f.kind == "gelu" and f.approximation == "none" for f in ffns),
         "gelu by tanh": any(f.kind == "gelu" and f.approximation == "tanh" for f in ffns),
+        "experts": bool(moes),
+        "a shared expert": any(moe.shared for moe in moes),
+        "one expert a token": any(moe.experts_per_token == 1 for moe in moes),
+        "all experts for each token": any(moe.experts_per_token == moe.experts for moe in moes),
+        "softmax routers": any(moe.router.score == "softmax" for moe in moes),
+        "sigmoid routers": any(moe.router.score == "sigmoid" for moe in moes),
+        "weights as they are": any(not moe.router.normalize for moe in moes),
+        "scaled weights": any(moe.router.scale != 1 for moe in moes),
+        "experts and dense layers": 0 < len(moes) < len(layers),
         "window of one token": 1 in windows,
         "window inside the sequences": any(1 < size < 9 for size in windows),
         "window beyond the sequences": any(size > model.max_positions for size in windows),

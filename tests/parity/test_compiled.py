@@ -28,6 +28,7 @@ pytestmark = [
     # torch's own, of what it does itself while it compiles.
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
     pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
 ROPE = {"kind": "rope", "theta": 1000.0}

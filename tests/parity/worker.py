@@ -12,11 +12,12 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh
 
-from archwright.compiler.distributed.apply import apply_plan, gather, make_mesh
+from archwright.compiler.distributed.apply import Options, apply_plan
+from archwright.compiler.distributed.mesh import Mesh, make_mesh
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import Degrees, Plan, Program
@@ -38,23 +39,29 @@ def run_local(case: Case, program: Program, local: Program, dtype: torch.dtype) 
 
 
 @cache
-def mesh_of(degrees: Degrees) -> DeviceMesh | None:
+def mesh_of(degrees: Degrees) -> Mesh | None:
     return make_mesh(degrees, "cpu")
 
 
 def run_trained(case: Case, plan: Plan) -> tuple[Array, float, dict[str, Array]]:
     """The module that training uses, in float64: logits, loss and the full gradients."""
     mesh = mesh_of(plan.degrees)
-    module = apply_plan(
-        plan, case.weights, dtype=torch.float64, compute_dtype=torch.float64, device=torch.device("cpu"), mesh=mesh
-    )
-    ids_BS = torch.from_numpy(case.ids_BS)
+    options = Options(dtype=torch.float64, compute_dtype=torch.float64, device=torch.device("cpu"))
+    model = apply_plan(plan, case.weights, mesh, options)
+    length = case.ids_BS.shape[1]
+    # To a length that ranks can share: what follows a token does not change it, and is no target.
+    more = ((0, 0), (0, -length % plan.degrees.token_pieces))
+    ids_BS = torch.from_numpy(np.pad(case.ids_BS, more))
+    targets_BS = torch.from_numpy(np.pad(case.targets_BS, more, constant_values=-100))
     with torch.no_grad():
-        whole_BSV = module(ids_BS).numpy()
-    loss_sum, _ = module(ids_BS, torch.from_numpy(case.targets_BS))
+        whole_BSV = model.module(ids_BS)[:, :length].numpy()
+    loss_sum, _ = model.module(ids_BS, targets_BS)
     loss_sum.backward()
-    gradients = {name: gather(parameter.grad).numpy() for name, parameter in module.named_parameters()}
-    return whole_BSV, float(loss_sum.detach()), gradients
+    total = loss_sum.detach().clone()
+    if mesh is not None:
+        dist.all_reduce(total, group=mesh.batch)
+    gradients = {name: model.layouts[name].gather(p.grad).numpy() for name, p in model.parameters.items()}
+    return whole_BSV, float(total), gradients
 
 
 def answer(request: dict[str, Any]) -> Any:

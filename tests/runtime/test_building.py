@@ -2,17 +2,18 @@
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from archwright.compiler.targets.onnx_graph import Export
 from archwright.compiler.weights.streaming import SafetensorsWeights
 from archwright.runtime import build, building, open_model, rank_weights, verify
 from archwright.runtime.artifact import Artifact, open_artifact
-from archwright.runtime.rank_weights import RankWeights
+from archwright.runtime.rank_weights import RankWeights, Sample
 from archwright.spec import ArchwrightError, load
 from archwright.spec.manifest import read_manifest
 
@@ -191,15 +192,16 @@ def test_an_artifact_whose_check_fails_is_not_written(
 ) -> None:
     original = building.export_graphs
 
-    def faulty(plan: Any, weights: Any, folder: Path, **options: Any) -> list[Path]:
-        graphs = original(plan, weights, folder, **options)
+    def faulty(plan: Any, weights: Any, folder: Path, **options: Any) -> Export:
+        export = original(plan, weights, folder, **options)
+        graphs = export.graphs
         if fault == "weights":  # one element of rank 1 is off by one bit
             content = bytearray(graphs[1].with_suffix(".data").read_bytes())
             content[0] ^= 1
             graphs[1].with_suffix(".data").write_bytes(content)
         else:
             replace_in_graphs(graphs, "scale" if fault == "linter" else "epsilon")
-        return graphs
+        return export
 
     monkeypatch.setattr(building, "export_graphs", faulty)
     error = _error(lambda: build(model_folder, tmp_path / "out", overrides={"build.parallel.tensor": 2}))
@@ -208,7 +210,7 @@ def test_an_artifact_whose_check_fails_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def replace_in_graphs(graphs: list[Path], attribute: str) -> None:
+def replace_in_graphs(graphs: Sequence[Path], attribute: str) -> None:
     """Remove `scale` from every Attention, or enlarge the norms' epsilon."""
     import onnx
 
@@ -223,20 +225,37 @@ def replace_in_graphs(graphs: list[Path], attribute: str) -> None:
         graph.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def test_sampled_comparison_sees_the_sampled_rows_only(model_folder: Path, artifact: Path) -> None:
+class Changed:
+    """Weights of an artifact, with one row or value of one tensor changed."""
+
+    def __init__(self, held: RankWeights, name: str, place: int | tuple[int, int]) -> None:
+        self.held, self.name = held, name
+        self.array = held.read(name).copy()
+        self.array[place] += 1
+
+    def read(self, other: str, slices: Any = None) -> np.ndarray:
+        return (self.array if other == self.name else self.held.read(other))[slices]
+
+
+def num_differing(held: RankWeights, name: str, place: int | tuple[int, int], sample: Sample) -> int:
+    source: Any = Changed(held, name, place)
+    return len(list(rank_weights.differing_source(held, source, sample=sample)))
+
+
+@pytest.mark.parametrize("sample", ["rows", "windows"])
+def test_sampled_comparison_sees_the_sampled_rows_only(model_folder: Path, artifact: Path, sample: Sample) -> None:
     """First and last row are always among them."""
-    held = RankWeights(Artifact(artifact, load(artifact / "spec.yaml")))
-    name = "model.embed_tokens.weight"
-    whole = held.read(name).copy()
-
-    class Changed:
-        def __init__(self, row: int) -> None:
-            self.array = whole.copy()
-            self.array[row] += 1
-
-        def read(self, other: str, slices: Any = None) -> np.ndarray:
-            return (self.array if other == name else held.read(other))[slices]
-
-    sampled = [len(list(rank_weights.differing_source(held, Changed(row), sampled=True))) for row in range(400)]  # pyright: ignore[reportArgumentType]
+    held, name = RankWeights(Artifact(artifact, load(artifact / "spec.yaml"))), "model.embed_tokens.weight"
+    sampled = [num_differing(held, name, row, sample) for row in range(400)]
     assert sampled[0] == sampled[399] == 1 and sum(sampled) == rank_weights.SAMPLED_ROWS
-    assert all(list(rank_weights.differing_source(held, Changed(row), sampled=False)) for row in (1, 2, 200))  # pyright: ignore[reportArgumentType]
+    assert all(num_differing(held, name, row, "all") for row in (1, 2, 200))
+
+
+def test_of_rows_that_are_stored_as_columns_windows_are_compared(artifact: Path) -> None:
+    """The first, middle and last values: few pages of the file."""
+    held, name = RankWeights(Artifact(artifact, load(artifact / "spec.yaml"))), "model.layers.0.mlp.down_proj.weight"
+    last = held.shape(name)[1] - 1
+    sampled = [num_differing(held, name, (0, column), "windows") for column in range(last + 1)]
+    assert sampled[0] == sampled[last // 2] == sampled[last] == 1
+    assert sum(sampled) == 3 * rank_weights.WINDOW_COLUMNS < last
+    assert all(num_differing(held, name, (0, column), "rows") for column in (20, last - 20))

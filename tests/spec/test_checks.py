@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from archwright.spec import SpecError, checks, load
+from archwright.spec import SpecError, checks, load, mesh_checks, moe_checks
 
 ATTENTION = "model.layer.attention"
 
@@ -21,6 +21,7 @@ class Case:
 
 
 LLAMA3 = {"kind": "llama3"}
+MOE = {"kind": "moe", "experts": 6, "hidden_size": 96}
 LAYER = {"attention": {"kind": "gqa", "heads": 4}, "ffn": {"kind": "gelu", "hidden_size": 96}}
 SECOND_RUN = "model.layers[1].layer.attention"
 CASES: dict[str, Case] = {
@@ -36,7 +37,7 @@ CASES: dict[str, Case] = {
     "tensor_splits_kv_heads": Case(
         "SPEC022",
         {f"{ATTENTION}.heads": 12, f"{ATTENTION}.kv_heads": 3, f"{ATTENTION}.head_dim": 8, "parallel.tensor": 4},
-        {"parallel.tensor": 1},
+        {"parallel.tensor": 3, "model.layer.ffn.hidden_size": 177},
     ),
     "tensor_splits_ffn": Case(
         "SPEC023", {"model.layer.ffn.hidden_size": 174, "parallel.tensor": 4}, {"model.layer.ffn.hidden_size": 176}
@@ -46,9 +47,6 @@ CASES: dict[str, Case] = {
     ),
     "head_dim_is_even": Case("SPEC025", {f"{ATTENTION}.head_dim": 15}, {f"{ATTENTION}.head_dim": 16}),
     "default_head_dim_is_even": Case("SPEC025", {"model.hidden_size": 60}, {f"{ATTENTION}.head_dim": 16}),
-    "supported_tensor_degree": Case(
-        "SPEC026", {f"{ATTENTION}.heads": 16, "parallel.tensor": 16}, {"parallel.tensor": 8}
-    ),
     "supported_build_degree": Case(
         "SPEC026", {f"{ATTENTION}.heads": 16, "build.parallel.tensor": 16}, {"build.parallel.tensor": 8}
     ),
@@ -61,11 +59,57 @@ CASES: dict[str, Case] = {
         {"model.layer": None, "model.layers": [{"layer": LAYER}, {"layer": LAYER}], f"{SECOND_RUN}.kv_heads": 3},
         {f"{SECOND_RUN}.kv_heads": 2},
     ),
-    "supported_pipeline": Case("SPEC027", {"parallel.pipeline": 2}, {"parallel.pipeline": 1}),
-    "supported_context": Case("SPEC027", {"parallel.context": 2}, {"parallel.context": 1}),
-    "supported_expert": Case("SPEC027", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
-    "supported_data_shard": Case("SPEC027", {"parallel.data_shard": 2}, {"parallel.data_shard": "auto"}),
-    "supported_sequence": Case("SPEC027", {"parallel.sequence": True}, {"parallel.sequence": False}),
+    "supported_build_pipeline": Case("SPEC027", {"build.parallel.pipeline": 2}, {"build.parallel.pipeline": 1}),
+    "supported_build_expert": Case("SPEC027", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
+    "one_degree_is_auto": Case("SPEC040", {"parallel.tensor": "auto"}, {"parallel.data_shard": 1}),
+    "sequence_needs_tensor": Case("SPEC041", {"parallel.sequence": True}, {"parallel.sequence": False}),
+    "tokens_are_spread_evenly": Case(
+        "SPEC042",
+        {"parallel.context": 2, "parallel.tensor": 4, "parallel.sequence": True, "train.sequence_length": 120},
+        {"train.sequence_length": 128},
+    ),
+    "pipeline_has_layers": Case(
+        "SPEC043", {"parallel.pipeline": 4, "train.micro_batches": 4}, {"parallel.pipeline": 2}
+    ),
+    "interleaved_pipeline_has_layers": Case(
+        "SPEC043",
+        {"parallel.pipeline": 2, "parallel.schedule": {"kind": "interleaved"}, "train.micro_batches": 2},
+        {"parallel.pipeline": 1},
+    ),
+    "pipeline_is_filled": Case("SPEC044", {"parallel.pipeline": 2}, {"train.micro_batches": 2}),
+    "interleaved_pipeline_is_filled": Case(
+        "SPEC044",
+        {
+            "model.layers": 4,
+            "parallel.pipeline": 2,
+            "parallel.schedule": {"kind": "interleaved"},
+            "train.batch_size": 15,
+            "train.micro_batches": 3,
+        },
+        {"train.batch_size": 16, "train.micro_batches": 4},
+    ),
+    "batch_fills_data_ranks": Case(
+        "SPEC045",
+        {"parallel.data_shard": 3, "parallel.data_replicate": 2, "train.micro_batches": 2},
+        {"train.batch_size": 12},
+    ),
+    "experts_per_token_exist": Case(
+        "SPEC046", {"model.layer.ffn": {**MOE, "experts_per_token": 7}}, {"model.layer.ffn.experts_per_token": 6}
+    ),
+    "expert_needs_moe": Case("SPEC047", {"parallel.expert": 2}, {"parallel.expert": 1}),
+    "expert_splits_experts": Case(
+        "SPEC048", {"model.layer.ffn": MOE, "parallel.expert": 4}, {"model.layer.ffn.experts": 8}
+    ),
+    "tensor_splits_expert": Case(
+        "SPEC023",
+        {"model.layer.ffn": {**MOE, "hidden_size": 46}, "parallel.tensor": 4},
+        {"model.layer.ffn.hidden_size": 48},
+    ),
+    "tensor_splits_shared_expert": Case(
+        "SPEC023",
+        {"model.layer.ffn": {**MOE, "shared": {"hidden_size": 42}}, "build.parallel.tensor": 4},
+        {"model.layer.ffn.shared.hidden_size": 44},
+    ),
     "sequence_fits_positions": Case("SPEC030", {"train.sequence_length": 513}, {"train.sequence_length": 512}),
     "micro_batches_divide_batch": Case("SPEC031", {"train.micro_batches": 3}, {"train.batch_size": 9}),
     "warmup_fits_steps": Case("SPEC032", {"train.steps": 4}, {"train.schedule.warmup_steps": 1}),
@@ -115,7 +159,8 @@ def test_rule(name: str, golden: Callable[[str, str], None]):
 
 
 def test_every_rule_has_a_case():
-    written = set(re.findall(r"SPEC\d{3}", Path(checks.__file__).read_text()))
+    files = (checks, mesh_checks, moe_checks)
+    written = {code for file in files for code in re.findall(r"SPEC\d{3}", Path(file.__file__).read_text())}
     assert written == {case.code for case in CASES.values()}
 
 

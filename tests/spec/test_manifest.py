@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from archwright.spec import ArchwrightError, load, spec_digest
-from archwright.spec.manifest import MANIFEST, check_manifest, read_manifest, write_manifest
+from archwright.spec.manifest import MANIFEST, FileEntry, check_manifest, read_manifest, write_manifest
 
 
 def make(folder: Path) -> Path:
@@ -28,6 +28,17 @@ def test_a_manifest_lists_every_file_and_comes_back(tmp_path: Path):
 def test_equal_content_gives_equal_bytes(tmp_path: Path):
     first, second = make(tmp_path / "a"), make(tmp_path / "b")
     assert (first / MANIFEST).read_bytes() == (second / MANIFEST).read_bytes()
+
+
+def test_hashes_that_the_writer_knows_are_taken(tmp_path: Path):
+    (tmp_path / "known").write_bytes(b"weights")
+    entry = FileEntry(sha256="of what was written", bytes=7)
+    manifest = write_manifest(tmp_path, kind="model", spec=None, details={}, known={tmp_path / "known": entry})
+    assert manifest.files == {"known": entry}
+    assert check_manifest(tmp_path) == ["known: its SHA-256 differs from manifest.json"], "verify reads the file"
+    (tmp_path / "known").write_bytes(b"more weights")
+    with pytest.raises(AssertionError, match="known has 12 bytes, 7 were written"):
+        write_manifest(tmp_path, kind="model", spec=None, details={}, known={tmp_path / "known": entry})
 
 
 def test_every_difference_is_named(tmp_path: Path):

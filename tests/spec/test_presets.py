@@ -13,6 +13,7 @@ PARAMETERS = {
     "llama3.2-1b": 1_235_814_400,
     "llama3.2-3b": 3_212_749_824,
     "llama3.1-8b": 8_030_261_248,
+    "mixtral-8x7b": 46_702_792_704,
     "llama3.1-70b": 70_553_706_496,
     "llama3.1-405b": 405_853_388_800,
 }
@@ -49,5 +50,9 @@ def test_the_digest_is_of_what_the_model_computes():
         "model.layer.attention.kv_heads": 4,
         "model.layer.attention.head_dim": 8, "model.layer.attention.position.scaling": {"kind": "llama3"},
     }  # fmt: skip
+    moe = {"kind": "moe", "experts": 4, "hidden_size": 32}
+    trained_otherwise = {**moe, "balance_loss": 1.0, "z_loss": 0.0}
+    first, second = (spec_digest(load("preset:tiny", {"model.layer.ffn": ffn})) for ffn in (moe, trained_otherwise))
+    assert first == second != digest
     digests = {spec_digest(load("preset:tiny", {path: value})) for path, value in others.items()}
     assert len(digests | {digest}) == len(others) + 1

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import time
@@ -10,9 +12,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch.distributed
 
-from archwright.spec import ArchwrightError, Spec
-from archwright.trainers.launch import World, check_world, run_workers, world_of
+from archwright.compiler.ir import Degrees
+from archwright.spec import ArchwrightError, Spec, load
+from archwright.trainers.launch import World, check_world, num_gpus, reserved_port, run_workers, world_of
 from archwright.trainers.metrics import read_metrics
 from archwright.trainers.training import train_in_world
 
@@ -60,12 +64,61 @@ def test_world_of_torchrun() -> None:
     assert not world.main
 
 
+def spec_of(**parallel: object) -> Spec:
+    return load("preset:llama3.1-8b", {"parallel": parallel})
+
+
 def test_a_world_of_another_size_is_refused() -> None:
-    check_world(World(size=2), 2)
+    given = spec_of(tensor=2, data_shard=1)
+    assert check_world(World(size=2), given) == Degrees(tensor=2)
     with pytest.raises(ArchwrightError) as caught:
-        check_world(World(size=3), 2)
+        check_world(World(size=3), given)
     assert caught.value.code == "TRAIN007"
+    assert "3 processes were started, `parallel` needs 2" in str(caught.value)
     assert "--nproc-per-node 2" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "size", "expected"),
+    [
+        ({}, 1, Degrees()),
+        ({}, 6, Degrees(data_shard=6)),
+        ({"tensor": 2}, 8, Degrees(tensor=2, data_shard=4)),
+        ({"tensor": 2, "data_replicate": 2}, 8, Degrees(tensor=2, data_replicate=2, data_shard=2)),
+        ({"tensor": "auto", "data_shard": 2}, 8, Degrees(tensor=4, data_shard=2)),
+        ({"context": 2, "pipeline": 2}, 4, Degrees(context=2, pipeline=2)),
+    ],
+)
+def test_the_axis_that_is_auto_fills_the_world(parallel: Overrides, size: int, expected: Degrees) -> None:
+    assert check_world(World(size=size), spec_of(**parallel)) == expected
+
+
+@pytest.mark.parametrize(("size", "near"), [(7, 4), (2, 4), (10, 8)])
+def test_auto_needs_a_multiple_of_the_rest(size: int, near: int) -> None:
+    with pytest.raises(ArchwrightError) as caught:
+        check_world(World(size=size), spec_of(tensor=4))
+    assert caught.value.code == "TRAIN007"
+    assert "`parallel` needs a multiple of 4" in str(caught.value)
+    assert f"--nproc-per-node {near}" in str(caught.value)
+
+
+def test_what_auto_becomes_is_held_against_the_rules() -> None:
+    with pytest.raises(ArchwrightError) as caught:
+        check_world(World(size=3), spec_of(tensor="auto", data_shard=1))
+    assert caught.value.code == "SPEC021"
+
+
+@pytest.mark.parametrize(
+    ("shown", "number"), [("", 0), ("0", 1), ("0,3", 2), ("-1", 0), ("GPU-1f2e,GPU-77ab, GPU-0c", 3), ("1,", 1)]
+)
+def test_visible_gpus(shown: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert num_gpus() == number
+
+
+def test_gpus_of_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert num_gpus() == len(list(Path("/proc/driver/nvidia").glob("gpus/*")))
 
 
 def test_the_first_failing_worker_gives_the_status(capfd: pytest.CaptureFixture[str]) -> None:
@@ -77,7 +130,8 @@ def test_the_first_failing_worker_gives_the_status(capfd: pytest.CaptureFixture[
 
 @pytest.mark.heavy
 def test_a_mismatch_under_torchrun_is_told(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
-    done = run_train(spec_file, tmp_path / "run", training, RANK="0", WORLD_SIZE="3")
+    settings = {**training, "parallel.data_shard": 1}
+    done = run_train(spec_file, tmp_path / "run", settings, RANK="0", WORLD_SIZE="3")
     assert done.returncode == 1
     assert "TRAIN007" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -132,6 +186,36 @@ def test_under_torchrun(spec_file: Path, make_spec: Callable[..., Spec], in_floa
     )
     assert done.returncode == 0, done.stderr
     assert_equal_trainings(tmp_path / "one", tmp_path / "two")
+
+
+def one_who_wants_any(port: int) -> socket.socket:
+    """A socket to which the system can give this port only, when it asks for any."""
+    any_one = socket.socket()
+    ip_local_port_range = 51  # Linux 6.3
+    try:
+        any_one.setsockopt(socket.IPPROTO_IP, ip_local_port_range, struct.pack("=I", port | port << 16))
+    except OSError:
+        any_one.close()
+        pytest.skip("this system has no port range for a socket")
+    return any_one
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="an option of Linux")
+def test_the_port_of_the_workers_goes_to_nobody_else() -> None:
+    """A training of two processes failed beside others that asked for ports at the same moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        with reserved_port() as port:
+            for reuse in (0, 1):
+                with one_who_wants_any(port) as other, pytest.raises(OSError, match="in use"):
+                    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, reuse)
+                    other.bind(("127.0.0.1", 0))
+            with one_who_wants_any(port) as other, pytest.raises(OSError, match="Cannot assign"):
+                other.connect(listener.getsockname())
+            torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True).set("here", "first worker")
+        with one_who_wants_any(port) as other:
+            other.connect(listener.getsockname())
 
 
 @pytest.fixture

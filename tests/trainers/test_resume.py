@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from archwright.compiler.weights.folder import checkpoints
+from archwright.compiler.weights.streaming import SafetensorsWeights
 from archwright.spec import ArchwrightError, Spec
 from archwright.spec.manifest import read_manifest
 from archwright.trainers.launch import World
@@ -167,3 +169,48 @@ def test_a_run_may_go_on_with_another_plan(
     losses = [[record["loss"] for record in read_metrics(run)] for run in (straight, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-10, abs=0)
     assert losses[1] != losses[0], "two processes add in another order"
+
+
+PLANS: dict[int, Overrides] = {
+    2: {"parallel.tensor": 2, "parallel.sequence": True},
+    4: {"parallel.data_shard": 2},
+    6: {"parallel.pipeline": 2},
+    8: {},
+}
+"""The step after which a run goes on under another plan; at last in one process again."""
+
+
+@pytest.mark.heavy
+def test_checkpoints_know_no_plan(spec_file: Path, make_spec: MakeSpec, training: Overrides, tmp_path: Path) -> None:
+    """Each plan begins with the checkpoint that the one before wrote. Muon has both kinds of states; no two ranks have
+    as many of the 1031 tokens."""
+    settings: Overrides = {
+        **training,
+        "model.vocab_size": 1031,
+        "train.precision": "float64",
+        "train.micro_batches": 2,
+        "train.steps": 10,
+        "train.checkpoint": {"every": 2, "keep": 10},
+        "train.optimizer": {"kind": "muon"},
+        "parallel.data_shard": 1,
+    }
+    del settings["train.optimizer.learning_rate"]
+    straight = before = tmp_path / "straight"
+    train(make_spec(settings), straight)
+    for step, plan in PLANS.items():
+        run = tmp_path / f"after-{step}"
+        cut(before, run, step)
+        subprocess.run(command(spec_file, run, {**settings, **plan}, "--resume"), check=True, stdout=subprocess.DEVNULL)
+        one, other = (read_metrics(each) for each in (straight, run))
+        assert [record["step"] for record in other] == list(range(1, 11))
+        for key in ("loss", "grad_norm", "learning_rate", "tokens"):
+            assert [each[key] for each in other] == pytest.approx([each[key] for each in one], rel=1e-10, abs=0), plan
+        assert other[-1]["validation_loss"] == pytest.approx(one[-1]["validation_loss"], rel=1e-10)
+        before = run
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        expected, found = (SafetensorsWeights(checkpoints(run)[10] / name) for run in (straight, before))
+        assert set(found.names()) == set(expected.names())
+        for key in expected.names():
+            whole = expected.read(key)
+            assert found.read(key).shape == whole.shape and found.read(key).dtype == whole.dtype == np.float64
+            assert np.abs(found.read(key) - whole).max() <= 1e-10 * np.abs(whole).max(), key

@@ -3,22 +3,27 @@
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from archwright.compiler import compile_module
+from archwright.compiler.ir import Degrees
 from archwright.compiler.weights.folder import checkpoints
 from archwright.compiler.weights.streaming import SafetensorsWeights
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.cli import main
 from archwright.spec.manifest import check_manifest
-from archwright.trainers.batches import IGNORED, Batch
+from archwright.trainers.batches import IGNORED, Batch, Share
+from archwright.trainers.checkpoints import Progress
 from archwright.trainers.launch import World
-from archwright.trainers.loop import accumulate
+from archwright.trainers.loop import accumulate, assemble_trainer
 from archwright.trainers.metrics import read_metrics
+from archwright.trainers.run_folder import Start
 from archwright.trainers.training import train_in_world
 
 MakeSpec = Callable[..., Spec]
@@ -84,7 +89,7 @@ def test_evaluation_is_the_mean_over_its_windows(finished: tuple[Spec, Path]) ->
     spec, run = finished
     assert spec.data is not None and spec.data.path is not None
     split = open_data(spec.data.path).validation
-    batches = list(evaluation_batches(Windows(split, 48, 0), 2, 4))
+    batches = list(evaluation_batches(Windows(split, 48, 0), 2, 4, Share()))
     module = compile_module(run / "model")
     with torch.no_grad():
         losses = [
@@ -101,17 +106,22 @@ def test_evaluation_is_the_mean_over_its_windows(finished: tuple[Spec, Path]) ->
 
 def test_accumulation_is_exact_with_unequal_pieces(make_spec: MakeSpec) -> None:
     """Loss and gradients of the mean over all targets, however they are spread over the pieces."""
-    spec = make_spec({"model.vocab_size": 1024})
-    module = compile_module(spec, dtype="float64")
+    spec = make_spec({"model.vocab_size": 1024, "train.precision": "float64"})
+    start = Start(checkpoint=None, progress=Progress(step=0, tokens=0, data_digest=""))
+    unused: Any = None
+    assert spec.train is not None
+    trainer = assemble_trainer(spec, spec.train, unused, start, Degrees(), torch.device("cpu"))
+    module = trainer.model.module
     generator = np.random.default_rng(0)
     ids_BS, targets_BS = (generator.integers(0, 1024, (6, 16)) for _ in range(2))
     targets_BS[0, 1:] = IGNORED
     targets_BS[3:5] = IGNORED
     batch = Batch(ids_BS=ids_BS, targets_BS=targets_BS)
     found = []
-    for pieces in (1, 2, 4, 6):
+    for pieces in (1, 2, 3, 6):
         module.zero_grad()
-        loss = accumulate(module, batch, pieces, torch.device("cpu"))
+        loss, num_targets = accumulate(replace(trainer, share=Share(micro_batches=pieces)), batch)
+        assert num_targets == batch.num_targets
         found.append((loss.item(), [parameter.grad.clone() for parameter in module.parameters()]))
     logits = module(torch.from_numpy(ids_BS)).flatten(0, 1)
     plain = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets_BS).flatten())

@@ -1,17 +1,18 @@
 """FLOPs against torch's own counter, shapes against what torch returns."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from archwright.compiler.interpreters.cost_ops import Shaped, run_cost
+from archwright.compiler.interpreters.cost_ops import ProgramCost, Shaped, run_cost
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import Degrees
-from archwright.compiler.passes import lower, partition
+from archwright.compiler.passes import INFERENCE_TABLE, TRAINING_TABLE, lower, partition
 from archwright.spec import load
 from tests.parity.strategies import random_spec
 
@@ -26,8 +27,10 @@ def meta_module(program: object, device: str = "meta") -> TorchProgram:
 
 
 def counted(call: object) -> int:
-    """FLOPs by torch, attention as the two matrix products that it is: the default back end on CPUs counts none."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    """FLOPs by torch, attention as the two matrix products that it is: the default back end on CPUs counts none. Nor
+    does torch know that `addmm_` is `addmm`."""
+    in_place = {torch.ops.aten.addmm_: lambda sum_, a, b, **_: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, sdpa_kernel(SDPBackend.MATH):
         call()  # type: ignore[operator]
     return counter.get_total_flops()
 
@@ -111,12 +114,16 @@ def test_shapes_are_torchs(tmp_path: Path) -> None:
     assert logits.shape == tuple(module(torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)).shape)
 
 
+def cost_of_rank(degrees: Degrees, table: Any, *, targets: bool = False) -> ProgramCost:
+    plan = partition(lower(load("preset:tiny")), degrees, table)
+    splits = {name: site.param.splits for name, site in plan.program.sites().items()}
+    return run_cost(plan.local, batch=BATCH, sequence=SEQUENCE, targets=targets, splits=splits)
+
+
 def test_a_rank_sums_twice_a_layer_and_does_its_part_of_the_work() -> None:
     program = lower(load("preset:tiny"))
     whole = run_cost(program, batch=BATCH, sequence=SEQUENCE)
-    plan = partition(program, Degrees(tensor=2))
-    splits = {name: site.param.split for name, site in plan.program.sites().items()}
-    rank = run_cost(plan.local, batch=BATCH, sequence=SEQUENCE, splits=splits)
+    rank = cost_of_rank(Degrees(tensor=2), INFERENCE_TABLE)
     summed = [each.elements for each in rank.collectives if not each.backward]
     assert {(each.kind, each.mesh_axis) for each in rank.collectives} == {("all_reduce", "tensor")}
     assert sum(summed) == 2 * 2 * BATCH * SEQUENCE * 64
@@ -124,6 +131,55 @@ def test_a_rank_sums_twice_a_layer_and_does_its_part_of_the_work() -> None:
     assert whole.collectives == ()
     head = 2 * BATCH * SEQUENCE * 64 * 512
     assert 2 * (rank.flops - head) == whole.flops - head, "all but the head is split"
+
+
+HIDDEN = BATCH * SEQUENCE * 64
+"""Elements of what passes between the layers."""
+
+
+def exchanged(cost: ProgramCost) -> dict[tuple[str, bool], int]:
+    """(kind, backward) → elements."""
+    found: dict[tuple[str, bool], int] = {}
+    for each in cost.collectives:
+        assert each.mesh_axis == "tensor"
+        key = (each.kind, each.backward)
+        found[key] = found.get(key, 0) + each.elements
+    return found
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+def test_what_training_ranks_exchange(sequence: bool) -> None:
+    """Two sums a layer and one of the looked-up rows, one entry of the head; three numbers a token for the loss.
+
+    With sequence parallelism each sum is a reduce-scatter and an all-gather: the same elements, half the traffic each.
+    """
+    found = exchanged(cost_of_rank(Degrees(tensor=2, sequence=sequence), TRAINING_TABLE, targets=True))
+    entries, sums, numbers = 2 * 2 + 1, 2 * 2 + 1, 3 * BATCH * SEQUENCE
+    if sequence:
+        assert found == {
+            ("all_gather", False): entries * HIDDEN,
+            ("reduce_scatter", True): entries * HIDDEN,
+            ("reduce_scatter", False): sums * HIDDEN,
+            ("all_gather", True): sums * HIDDEN,
+            ("all_reduce", False): numbers,
+        }
+    else:
+        assert found == {("all_reduce", False): sums * HIDDEN + numbers, ("all_reduce", True): entries * HIDDEN}
+
+
+def test_logits_of_a_cut_vocabulary_are_gathered() -> None:
+    gathered = [each for each in cost_of_rank(Degrees(tensor=2), TRAINING_TABLE).collectives if "gather" in each.kind]
+    # Of the filled-up vocabulary; each rank has half of it.
+    assert [(each.kind, each.backward) for each in gathered] == [("all_gather", False)]
+    assert cost_of_rank(Degrees(tensor=2), TRAINING_TABLE).output.shape[:2] == (BATCH, SEQUENCE)  # type: ignore[union-attr]
+
+
+def test_training_ranks_share_all_the_work() -> None:
+    """The head too, whose rows are cut."""
+    whole = run_cost(lower(load("preset:tiny")), batch=BATCH, sequence=SEQUENCE, targets=True)
+    for sequence in (False, True):
+        rank = cost_of_rank(Degrees(tensor=2, sequence=sequence), TRAINING_TABLE, targets=True)
+        assert 2 * rank.flops == whole.flops
 
 
 def test_costs_name_their_blocks() -> None:

@@ -1,5 +1,6 @@
 """torch modules: names, ties, compiled graphs, dtypes, gradients."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,15 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from archwright.compiler import compile_module
-from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy
+from archwright.compiler.distributed.checkpointing import checkpointing_of
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.passes import lower
 from archwright.spec import load
+from archwright.spec.models import FullRecompute, KeepAll, Recompute, SelectiveRecompute
 
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 
@@ -72,7 +75,9 @@ def test_equal_layers_share_one_compiled_graph() -> None:
         ids_BS = torch.arange(30).reshape(2, 15)
         loss_sum, _ = module(ids_BS, ids_BS)
         loss_sum.backward()
-        assert len(graphs) == len({segment.block for segment in module.program.segments[1:-1]}) == 1
+        kinds = {segment.block for segment in module.program.segments[1:-1]}
+        assert len(kinds) == 1
+        assert len(graphs) == len(kinds) + 1, "and the final norm, which stands alone before the loss"
     finally:
         torch._dynamo.reset()
     expected, _ = plain(ids_BS, ids_BS)
@@ -80,6 +85,86 @@ def test_equal_layers_share_one_compiled_graph() -> None:
     torch.testing.assert_close(loss_sum, expected)
     for (name, parameter), other in zip(module.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+LOSS_PRODUCTS = 2
+"""Plain ones: the logits, and their gradient times the matrix; that of the weight is an `addmm_`."""
+RECOMPUTES: dict[str, Recompute] = {
+    "none": KeepAll(kind="none"),
+    "full": FullRecompute(kind="full"),
+    "selective": SelectiveRecompute(kind="selective"),
+    "selective, attention": SelectiveRecompute(kind="selective", keep=("attention",)),
+    "selective, linear": SelectiveRecompute(kind="selective", keep=("linear",)),
+}
+
+
+def loss_and_gradients(module: TorchProgram) -> dict[str, torch.Tensor]:
+    ids_BS = torch.arange(30).reshape(2, 15)
+    loss_sum, _ = module(ids_BS, ids_BS.roll(1))
+    loss_sum.backward()
+    return {"loss": loss_sum.detach()} | {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+def recomputing(name: str) -> TorchProgram:
+    module = compile_module(load("preset:tiny"), dtype="float64")
+    for layer in module.layers():
+        layer.checkpointing = checkpointing_of(RECOMPUTES[name])
+    return module
+
+
+@pytest.mark.parametrize("name", RECOMPUTES)
+def test_recomputing_changes_no_bit(name: str) -> None:
+    expected = loss_and_gradients(compile_module(load("preset:tiny"), dtype="float64"))
+    found = loss_and_gradients(recomputing(name))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "linear"),
+    [
+        ("none", 1, 7),
+        ("full", 2, 13),
+        ("selective", 1, 7),
+        ("selective, attention", 1, 13),
+        ("selective, linear", 2, 7),
+    ],
+)
+def test_what_is_kept_is_not_computed_again(name: str, attention: int, linear: int) -> None:
+    """Times that a layer's attention and its 7 matrix products run in the forward and again for the backward, which
+    does not need what the last of them gave."""
+    module, counts = recomputing(name), Counter[str]()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            counts[func.name().removeprefix("aten::").removeprefix("_").split(".")[0]] += 1
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        loss_and_gradients(module)
+    attentions = sum(count for op, count in counts.items() if "attention" in op and "backward" not in op)
+    assert attentions == attention * len(module.layers())
+    # Each matrix has two products in the backward.
+    products = counts["mm"] - 7 * 2 * len(module.layers()) - LOSS_PRODUCTS
+    assert products == linear * len(module.layers())
+
+
+@pytest.mark.heavy
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", RECOMPUTES)
+def test_compiled_layers_may_recompute(name: str) -> None:
+    expected = loss_and_gradients(compile_module(load("preset:tiny"), dtype="float64"))
+    module = recomputing(name)
+    torch._dynamo.reset()
+    try:
+        module.compile_layers(backend="aot_eager")
+        found = loss_and_gradients(module)
+    finally:
+        torch._dynamo.reset()
+    for key, value in expected.items():
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-11, atol=1e-13, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def rotations_inside(module: TorchProgram, layer: nn.Module) -> set[torch.dtype]:
@@ -126,30 +211,13 @@ def test_rotations_stay_float32_inside_a_sharded_mixed_precision_layer(
 def test_far_positions_keep_their_phase() -> None:
     """The angle is formed in float64: in float32 it is off by 4e-3 at position 131,071."""
     module = compile_module(load("preset:llama3.2-1b", {"model.layers": 1, "model.vocab_size": 8}), "meta")
-    step_rotations: list[Any] = []
-    module.layers()[0].register_forward_pre_hook(lambda _, args: step_rotations.append(args[1].rotations))
-    ids = torch.zeros(1, 1, dtype=torch.int64)
     (table,) = module._tables.values()
     from archwright.compiler.interpreters.torch_ops import make_step
 
-    step = make_step(module._tables, [], ids, torch.float32, positions_BS=torch.tensor([[131_071]]))
+    step = make_step(module._tables, [], torch.float32, positions_BS=torch.tensor([[131_071]]))
     cos, _ = step.rotations[table.key]
     exact = torch.cos(131_071 * torch.tensor(table.frequencies(), dtype=torch.float64))
     assert (cos.flatten().double() - exact).abs().max() < 1e-7
-
-
-@pytest.mark.parametrize("chunk_tokens", [1, 3, 100])
-def test_the_chunked_loss_equals_the_plain_one(chunk_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = torch.Generator().manual_seed(0)
-    x = torch.randn(7, 5, dtype=torch.float64, generator=rng, requires_grad=True)
-    weight = torch.randn(11, 5, dtype=torch.float64, generator=rng, requires_grad=True)
-    targets = torch.tensor([1, -100, 10, 0, -100, 3, 3])
-    monkeypatch.setattr("archwright.compiler.interpreters.cross_entropy.CHUNK_BYTES", chunk_tokens * 11 * 8)
-    loss = LinearCrossEntropy.apply(x, weight, targets)
-    plain = nn.functional.cross_entropy(x @ weight.T, targets, reduction="sum", ignore_index=-100)
-    torch.testing.assert_close(loss, plain)
-    actual = torch.autograd.grad(loss * 0.37, (x, weight))
-    torch.testing.assert_close(actual, torch.autograd.grad(plain * 0.37, (x, weight)))
 
 
 def test_a_batch_without_targets_that_count_has_no_loss() -> None:

@@ -6,11 +6,13 @@ from inspect import isclass
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from archwright.compiler import blocks
-from archwright.compiler.ir import Block, Degrees, Program, RopeTable, Split
+from archwright.compiler.ir import Block, Boundary, Degrees, Program, RopeTable, Split
 from archwright.compiler.ir.dump import dump_program
-from archwright.compiler.passes import lower, partition
+from archwright.compiler.passes import TRAINING_TABLE, lower, partition
 from archwright.spec import load
 
 BLOCKS = [kind for name in blocks.__all__ if isclass(kind := getattr(blocks, name))]
@@ -36,16 +38,21 @@ def test_a_program_cannot_be_changed_and_hashes(program: Program) -> None:
 
 
 def test_a_block_holds_no_name_or_path(program: Program) -> None:
-    def texts(value: Any) -> list[str]:
-        return [f.name for f in fields(value) if isinstance(getattr(value, f.name), str)]
+    """Only the names of mesh axes, in boundaries."""
 
-    split = partition(program, Degrees(tensor=2)).program
-    found = {name for _, block in split.blocks() for name in texts(block)}
-    assert found <= {"enter", "reduce"}
+    def fields_of(value: Any, kind: type) -> set[str]:
+        return {f.name for f in fields(value) if isinstance(getattr(value, f.name), kind)}
+
+    split = partition(program, Degrees(tensor=2, sequence=True), TRAINING_TABLE).program
+    assert not {name for _, block in split.blocks() for name in fields_of(block, str)}
+    found = {name for _, block in split.blocks() for name in fields_of(block, Boundary)}
+    assert found == {"enter", "reduce", "gather"}
 
 
 def test_equal_layers_are_equal_values(program: Program) -> None:
-    for some in (program, partition(program, Degrees(tensor=2)).program, partition(program, Degrees(tensor=2)).local):
+    inference = partition(program, Degrees(tensor=2))
+    training = partition(program, Degrees(tensor=2, sequence=True), TRAINING_TABLE)
+    for some in (program, inference.program, inference.local, training.program, training.local):
         assert some.segments[1].block == some.segments[2].block
         assert len({segment.block for segment in some.segments}) == 3
 
@@ -79,6 +86,18 @@ def test_pieces_of_a_split_cover_the_tensor() -> None:
         # Neighbours share: rank r and r + 1 of one group of degree / parts ranks use the same piece.
         assert [split.piece(rank) for rank in range(degree)] == sorted(split.piece(rank) for rank in range(degree))
         assert split.local_shape((3, 8)) == (3, 8 // parts)
+
+
+@given(rows=st.integers(1, 40), degree=st.integers(1, 12))
+def test_pieces_of_a_table_are_equal_and_hold_each_row_once(rows: int, degree: int) -> None:
+    """The last pieces may end past the table, or lie past it altogether."""
+    split = Split(mesh_axis="tensor", dim=0, degree=degree, parts=degree)
+    held = [list(range(rows)[split.slices((rows, 3), rank)[0]]) for rank in range(degree)]
+    assert [row for piece in held for row in piece] == list(range(rows))
+    size, width = split.local_shape((rows, 3))
+    assert width == 3 and size * degree - rows < degree
+    for rank, piece in enumerate(held):
+        assert piece == [row for row in range(rank * size, (rank + 1) * size) if row < rows]
 
 
 def test_rope_frequencies_fall_from_one_to_the_root_of_theta() -> None:
@@ -121,3 +140,10 @@ def test_a_dump_shows_equal_layers_once(program: Program) -> None:
     assert "weight: [kv_heads 32, embed 64] Normal(std=0.02), kv_heads in 2 parts over 4 tensor ranks" in text
     assert "o_proj: Linear reduce=tensor" in text and "mlp: SwiGLU enter=tensor" in text
     assert text.count("shared as embedding") == 2
+
+
+def test_a_dump_of_training_shows_tables_boundaries_and_partial_parameters(program: Program) -> None:
+    text = dump_program(partition(program, Degrees(tensor=4, sequence=True), TRAINING_TABLE).program)
+    assert "weight: [vocab 512, embed 64] Normal(std=0.02), shared as embedding, vocab in 4 parts over 4 " in text
+    assert text.count("read for other tokens by each tensor rank") == 3 and "lm_head: Head enter=tensor tokens" in text
+    assert "o_proj: Linear reduce=tensor tokens" in text and "mlp: SwiGLU enter=tensor tokens" in text

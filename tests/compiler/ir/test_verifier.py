@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 
 from archwright.compiler.blocks import DecoderLayer, Linear, RMSNorm, SwiGLU
-from archwright.compiler.ir import Block, Degrees, Program, Split
+from archwright.compiler.ir import Block, Boundary, Degrees, Plan, Program, Split
 from archwright.compiler.ir.verifier import verify_plan, verify_program
-from archwright.compiler.passes import lower, partition
+from archwright.compiler.passes import INFERENCE_TABLE, TRAINING_TABLE, lower, partition
 from archwright.spec import ArchwrightError, load
+
+TENSOR = Boundary(mesh_axis="tensor")
+TOKENS = Boundary(mesh_axis="tensor", tokens=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,9 @@ def refused(program: Program) -> ArchwrightError:
 def test_presets_keep_every_rule(preset: str, degree: int) -> None:
     program = lower(load(f"preset:{preset}"))
     verify_program(program)
-    verify_plan(partition(program, Degrees(tensor=degree)))
+    for table in (INFERENCE_TABLE, TRAINING_TABLE):
+        verify_plan(partition(program, Degrees(tensor=degree), table))
+    verify_plan(partition(program, Degrees(tensor=degree, sequence=True), TRAINING_TABLE))
 
 
 @pytest.mark.parametrize(
@@ -69,7 +74,16 @@ def test_shape_axes_and_grain_agree(program: Program, changes: dict[str, Any]) -
     ],
 )
 def test_a_split_fits_its_parameter(program: Program, split: Split) -> None:
-    assert refused(with_weight(program, split=split)).code == "IR003"
+    assert refused(with_weight(program, splits=(split,))).code == "IR003"
+
+
+def test_only_the_rows_of_a_table_may_be_cut_unevenly(program: Program) -> None:
+    verify_plan(partition(program, Degrees(tensor=4, sequence=True), TRAINING_TABLE))
+    odd = lower(load("preset:tiny", {"model.vocab_size": 513, "tokenizer.vocab_size": 513}))
+    verify_plan(partition(odd, Degrees(tensor=4), TRAINING_TABLE))
+    uneven = Split(mesh_axis="tensor", dim=0, degree=3, parts=3)
+    error = refused(with_weight(program, splits=(uneven,)))
+    assert (error.code, error.where) == ("IR003", "model.layers.0.mlp.up_proj.weight")
 
 
 def test_shared_parameters_are_equal(program: Program) -> None:
@@ -159,9 +173,9 @@ def test_reduce_stands_exactly_where_a_split_axis_is_contracted(program: Program
     missing = replace(layer, mlp=replace(layer.mlp, down_proj=replace(down, reduce=None)))
     error = refused(with_layer(plan.program, missing))
     assert (error.code, error.where) == ("IR009", "model.layers.0.mlp.down_proj")
-    surplus = replace(layer, mlp=replace(layer.mlp, up_proj=replace(up, reduce="tensor")))
+    surplus = replace(layer, mlp=replace(layer.mlp, up_proj=replace(up, reduce=TENSOR)))
     assert refused(with_layer(plan.program, surplus)).code == "IR009"
-    unsplit = replace(layer_of(program), mlp=replace(layer_of(program).mlp, down_proj=replace(down, reduce="tensor")))
+    unsplit = replace(layer_of(program), mlp=replace(layer_of(program).mlp, down_proj=replace(down, reduce=TENSOR)))
     assert refused(with_layer(program, unsplit)).code == "IR009"
 
 
@@ -169,15 +183,15 @@ def test_enter_stands_exactly_where_ranks_begin_to_differ(program: Program) -> N
     layer = layer_of(partition(program, Degrees(tensor=2)).program)
     plan = partition(program, Degrees(tensor=2)).program
     assert refused(with_layer(plan, replace(layer, mlp=replace(layer.mlp, enter=None)))).code == "IR009"
-    assert refused(with_layer(plan, replace(layer, enter="tensor"))).code == "IR009"
-    norm = replace(layer.input_layernorm, enter="tensor")
+    assert refused(with_layer(plan, replace(layer, enter=TENSOR))).code == "IR009"
+    norm = replace(layer.input_layernorm, enter=TENSOR)
     assert refused(with_layer(plan, replace(layer, input_layernorm=norm))).code == "IR009"
 
 
 def test_one_split_matrix_among_whole_ones_is_refused(program: Program) -> None:
     plan = partition(program, Degrees(tensor=2)).program
     layer = layer_of(plan)
-    whole = Linear(weight=replace(layer.mlp.gate_proj.weight, split=None))
+    whole = Linear(weight=replace(layer.mlp.gate_proj.weight, splits=()))
     assert refused(with_layer(plan, replace(layer, mlp=replace(layer.mlp, gate_proj=whole)))).code == "IR009"
 
 
@@ -197,3 +211,77 @@ def test_a_pipeline_stage_is_a_program(program: Program) -> None:
     verify_program(replace(program, segments=program.segments[:2]))
     verify_program(replace(program, segments=program.segments[1:3]))
     verify_program(replace(program, segments=program.segments[2:]))
+    plan = partition(program, Degrees(pipeline=2, tensor=2, sequence=True), TRAINING_TABLE)
+    for number in range(2):
+        verify_program(plan.stage(number))
+
+
+class TestTraining:
+    """Rules of Programs whose tables are cut, and whose tokens are spread between the matrices."""
+
+    @pytest.fixture
+    def whole(self, program: Program) -> Program:
+        return partition(program, Degrees(tensor=2), TRAINING_TABLE).program
+
+    @pytest.fixture
+    def spread(self, program: Program) -> Program:
+        return partition(program, Degrees(tensor=2, sequence=True), TRAINING_TABLE).program
+
+    @staticmethod
+    def with_end(program: Program, number: int, **changes: Any) -> Program:
+        segments = list(program.segments)
+        segments[number] = replace(segments[number], block=replace(segments[number].block, **changes))
+        return replace(program, segments=tuple(segments))
+
+    def with_head(self, program: Program, **changes: Any) -> Program:
+        head: Any = program.segments[-1].block
+        return self.with_end(program, -1, lm_head=replace(head.lm_head, **changes))
+
+    @pytest.mark.parametrize("sequence", [False, True])
+    def test_a_cut_table_is_reduced(self, whole: Program, spread: Program, sequence: bool) -> None:
+        some, other = (spread, TENSOR) if sequence else (whole, TOKENS)
+        assert refused(self.with_end(some, 0, reduce=None)).code == "IR009"
+        assert refused(self.with_end(some, 0, reduce=other)).code == "IR009"
+
+    def test_a_whole_table_is_not(self, program: Program) -> None:
+        assert refused(self.with_end(program, 0, reduce=TENSOR)).code == "IR009"
+
+    @pytest.mark.parametrize("sequence", [False, True])
+    def test_the_head_enters_and_gathers(self, whole: Program, spread: Program, sequence: bool) -> None:
+        some, other = (spread, TENSOR) if sequence else (whole, TOKENS)
+        assert refused(self.with_head(some, gather=None)).code == "IR009"
+        assert refused(self.with_head(some, enter=None)).code == "IR009"
+        assert refused(self.with_head(some, enter=other)).code == "IR009"
+
+    @pytest.mark.parametrize("sequence", [False, True])
+    def test_boundaries_agree_on_the_tokens(self, whole: Program, spread: Program, sequence: bool) -> None:
+        some, other = (spread, TENSOR) if sequence else (whole, TOKENS)
+        layer = layer_of(some)
+        entering = replace(layer, mlp=replace(layer.mlp, enter=other))
+        assert refused(with_layer(some, entering)).code == "IR009"
+        leaving = replace(layer, mlp=replace(layer.mlp, down_proj=replace(layer.mlp.down_proj, reduce=other)))
+        assert refused(with_layer(some, leaving)).code == "IR009"
+
+    def test_partial_stands_exactly_where_tokens_are_spread(self, whole: Program, spread: Program) -> None:
+        for some, axis in ((whole, "tensor"), (spread, None)):
+            layer = layer_of(some)
+            norm = replace(layer.input_layernorm, weight=replace(layer.input_layernorm.weight, partial=axis))
+            error = refused(with_layer(some, replace(layer, input_layernorm=norm)))
+            assert (error.code, error.where) == ("IR009", "model.layers.0.input_layernorm")
+
+    def test_a_bias_that_is_added_to_spread_tokens_is_partial(self) -> None:
+        program = lower(load("preset:tiny", {"model.layer.attention.bias": "all"}))
+        spread = partition(program, Degrees(tensor=2, sequence=True), TRAINING_TABLE).program
+        verify_program(spread)
+        layer = layer_of(spread)
+        output = layer.self_attn.o_proj
+        assert output.bias is not None
+        forgotten = replace(output, bias=replace(output.bias, partial=None))
+        error = refused(with_layer(spread, replace(layer, self_attn=replace(layer.self_attn, o_proj=forgotten))))
+        assert (error.code, error.where) == ("IR009", "model.layers.0.self_attn.o_proj")
+
+    def test_the_local_tables_are_filled_up(self) -> None:
+        odd = lower(load("preset:tiny", {"model.vocab_size": 513, "tokenizer.vocab_size": 513}))
+        plan: Plan = partition(odd, Degrees(tensor=4), TRAINING_TABLE)
+        assert plan.local.params()["model.embed_tokens.weight"].shape == (129, 64)
+        verify_plan(plan)

@@ -37,6 +37,9 @@ def layer(ffn: str | dict[str, Any], norm: str | dict[str, Any], **attention: An
     }
 
 
+MOE = {"kind": "moe", "experts": 16, "experts_per_token": 3, "shared": {"hidden_size": 3072}}
+SIGMOID = {"score": "sigmoid", "scale": 2.5}
+
 MODELS: dict[str, dict[str, Any]] = {
     "gpt-2": {
         "layers": 12,
@@ -46,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "qkv biases, window": {"layers": 4, "layer": layer("swiglu", "rmsnorm", kv_heads=4, bias="qkv", mask=WINDOW)},
     "one key/value head": {"layers": 4, "layer": layer("swiglu", BARE_LAYERNORM, kv_heads=1)},
+    "experts": {"layers": 4, "layer": layer({**MOE, "router": SIGMOID}, "rmsnorm", kv_heads=4)},
     "mixed stack": {
         "layers": [
             {"repeat": 5, "layer": layer("swiglu", "rmsnorm", kv_heads=4, mask=WINDOW)},
@@ -53,7 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         ]
     },
 }
-PRESETS = ("preset:llama3.1-8b", "preset:llama3.2-1b")
+PRESETS = ("preset:llama3.1-8b", "preset:llama3.2-1b", "preset:mixtral-8x7b")
 LISTED = "listed: what TensorRT for RTX built, with attention/cache/collective layers"
 COVERING = [*PRESETS, *MODELS]
 

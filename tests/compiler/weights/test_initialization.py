@@ -42,6 +42,16 @@ def test_a_slice_is_the_slice_of_the_whole(slices: tuple[slice, ...]) -> None:
     np.testing.assert_array_equal(draw(MATRIX, NAME, 3, slices), draw(MATRIX, NAME, 3)[slices])
 
 
+def test_a_slice_of_a_stack_of_matrices() -> None:
+    """Experts are drawn matrix by matrix, as the stream of the whole tensor."""
+    stack = Param(shape=(5, 70, 3000), axes=("expert", "embed", "ffn"), init=Normal(std=0.02))
+    flat = Param(shape=(350, 3000), axes=("embed", "ffn"), init=Normal(std=0.02))
+    whole = draw(flat, NAME, 3).reshape(stack.shape)
+    np.testing.assert_array_equal(draw(stack, NAME, 3), whole)
+    for part in ((slice(1, 3), slice(None), slice(7, 1500)), (slice(4, 5), slice(69, 70), slice(None))):
+        np.testing.assert_array_equal(draw(stack, NAME, 3, part), whole[part])
+
+
 def test_rows_longer_than_many_blocks() -> None:
     wide = Param(shape=(3, 20 * BLOCK + 5), axes=("embed", "ffn"), init=Normal(std=1.0))
     tail = (slice(1, 3), slice(BLOCK - 2, BLOCK + 2))

@@ -1,0 +1,69 @@
+"""Rules of mixture-of-experts layers."""
+
+from collections.abc import Callable, Iterator
+
+from archwright.spec.findings import Finding, divisors, layers, nearest, nearest_multiple
+from archwright.spec.models import MoeFfn, Spec
+
+
+def _moe_layers(spec: Spec) -> Iterator[tuple[str, MoeFfn]]:
+    """The mixtures of experts that the spec spells out, with their paths."""
+    return ((f"{path}.ffn", layer.ffn) for path, layer in layers(spec) if isinstance(layer.ffn, MoeFfn))
+
+
+def _experts_per_token_exist(spec: Spec) -> Iterator[Finding]:
+    for path, ffn in _moe_layers(spec):
+        if ffn.experts_per_token > ffn.experts:
+            yield Finding(
+                code="SPEC046", path=f"{path}.experts_per_token", others={f"{path}.experts": ffn.experts},
+                message=f"`experts_per_token` ({ffn.experts_per_token}) is more than `experts` ({ffn.experts})",
+                label=f"a token cannot go through {ffn.experts_per_token} of {ffn.experts} experts",
+                help=f"use experts_per_token: {ffn.experts}, or raise experts",
+            )  # fmt: skip
+
+
+def _expert_needs_moe(spec: Spec) -> Iterator[Finding]:
+    degree = spec.parallel.expert
+    if degree != 1 and not any(_moe_layers(spec)):
+        yield Finding(
+            code="SPEC047", path="parallel.expert",
+            message=f"`parallel.expert` is {degree}, and no layer has experts",
+            label="it spreads the experts of `ffn: {kind: moe}` over ranks",
+            help="use expert: 1; data_shard spreads everything else",
+        )  # fmt: skip
+
+
+def _expert_splits_experts(spec: Spec) -> Iterator[Finding]:
+    degree = spec.parallel.expert
+    for path, ffn in _moe_layers(spec):
+        if isinstance(degree, int) and ffn.experts % degree:
+            yield Finding(
+                code="SPEC048", path=f"{path}.experts", others={"parallel.expert": degree},
+                message=f"`experts` ({ffn.experts}) is not divisible by `parallel.expert` ({degree})",
+                label=f"{ffn.experts} experts cannot be spread evenly over {degree} ranks",
+                help=f"use expert: {nearest(degree, divisors(ffn.experts))}, or set experts to a multiple of {degree}",
+            )  # fmt: skip
+
+
+def _tensor_splits_shared(spec: Spec) -> Iterator[Finding]:
+    """SPEC023 for the shared expert; `ffn.hidden_size` is every kind's."""
+    degrees = {"parallel.tensor": spec.parallel.tensor, "build.parallel.tensor": spec.build.parallel.tensor}
+    for path, ffn in _moe_layers(spec):
+        width = ffn.shared.hidden_size if ffn.shared else 0
+        for degree_path, degree in degrees.items():
+            if isinstance(degree, int) and width % degree:
+                yield Finding(
+                    code="SPEC023", path=f"{path}.shared.hidden_size", others={degree_path: degree},
+                    message=f"`ffn.shared.hidden_size` ({width}) is not divisible by `{degree_path}` ({degree})",
+                    label=f"{width} inner channels cannot be split over {degree} ranks",
+                    help=f"use hidden_size: {nearest_multiple(width, degree)}, "
+                    f"or tensor: {nearest(degree, divisors(width))}",
+                )  # fmt: skip
+
+
+MOE_RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
+    _experts_per_token_exist,
+    _expert_needs_moe,
+    _expert_splits_experts,
+    _tensor_splits_shared,
+)
