@@ -71,6 +71,8 @@ def _single(spec: Spec, degrees: Degrees) -> Iterator[Settings]:
     if train.activation_checkpointing.kind != "full":
         yield {"train.activation_checkpointing": SelectiveRecompute(kind="selective", keep=("attention",))}
         yield {"train.activation_checkpointing": FullRecompute(kind="full")}
+    if not spec.parallel.reshard and degrees.pipeline == 1 and degrees.shard > 1:
+        yield {"parallel.reshard": True}
     if degrees.tensor > 1 and not degrees.sequence:
         yield {"parallel.sequence": True}
     for times in (2, 4, 8, 16):

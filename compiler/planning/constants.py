@@ -9,6 +9,8 @@ from types import MappingProxyType
 from typing import Literal
 
 KIB, MIB = 1 << 10, 1 << 20
+RUNS = "benchmarks/results/2026-11-25-plan-truth.json: H100s, torch 2.11, 2026-11-25"
+STEP = "llama3.2-1b, 4 x 4,096 tokens, bf16, one H100, torch 2.11, 2026-11-25"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,20 +36,36 @@ TABLE: Mapping[str, Constant] = MappingProxyType(
         # Memory.
         "reserved_bytes": _measured(590 * MIB, "bytes", "H100: 81,559 MiB reported, 79.1 GiB seen by torch"),
         "context_bytes": _estimate(640 * MIB, "bytes", "CUDA context, kernels and cuBLAS workspaces of a process"),
-        "nccl_bytes": _estimate(256 * MIB, "bytes/communicator", "NCCL's channels and buffers on NVLink machines"),
-        "allocator_slack": _estimate(0.04, "fraction", "reserved above allocated in PyTorch's caching allocator"),
+        "nccl_bytes": _measured(600 * MIB, "bytes/communicator", f"on the device beside what is allocated, {RUNS}"),
+        "allocator_slack": _measured(
+            0.04, "fraction", f"PyTorch's caching allocator, reserved above allocated, {RUNS}"
+        ),
         # Arithmetic and memory traffic.
-        "matmul_fraction": _measured(783 / 989, "of peak", "8192³ bf16 product on one H100, torch 2.11, 2026-11-22"),
-        "attention_fraction": _estimate(0.50, "of peak", "fused attention forward, cuDNN and FlashAttention 2 on H100"),
-        "attention_backward_fraction": _estimate(0.40, "of peak", "fused attention backward"),
+        "matmul_fraction": _measured(759 / 989, "of peak", f"160 ms of products in a step of {STEP}"),
+        "grouped_fraction": _estimate(
+            0.55, "of peak", "a product for each expert in one kernel, torch.nn.functional.grouped_mm"
+        ),
+        "attention_fraction": _measured(
+            423 / 989, "of peak", f"cuDNN, causal, heads of 64, 10.4 ms in a step of {STEP}"
+        ),
+        "attention_backward_fraction": _measured(323 / 989, "of peak", f"34.1 ms with its helpers in a step of {STEP}"),
+        "context_attention": _measured(
+            0.5, "of attention's", f"two FlashAttention 2 calls and keys put in order, {RUNS}"
+        ),
         "bandwidth_fraction": _measured(3008 / 3350, "of published", "device-to-device copy, one H100, 2026-11-22"),
         "eager_passes": _estimate(1.5, "of one read and write", "uncompiled elementwise work makes extra passes"),
-        "backward_traffic": _estimate(2.0, "of forward", "elementwise backward: reads saved and gradient, writes one"),
-        "optimizer_bytes": _estimate(32, "bytes/parameter", "fused AdamW with clipping: 7 float32 words; norm: 1"),
+        "backward_traffic": _measured(
+            2.8, "of forward", f"35 ms of elementwise work, what products, loss and update leave, in a step of {STEP}"
+        ),
+        "optimizer_bytes": _measured(41.9, "bytes/parameter", f"fused AdamW 15.3 ms, norm 1.9 ms in a step of {STEP}"),
         "launch_s": _estimate(4e-6, "s/operation", "kernels that are launched faster than they run cost nothing"),
         "step_overhead_s": _estimate(2e-3, "s/step", "data, synchronisation and logging of a step"),
         # Communication.
-        "nvlink_fraction": _estimate(0.75, "of published", "bus bandwidth of NCCL rings within a node"),
+        "nvlink_fraction": _measured(
+            329 / 450, "of published", "1 GiB all-reduce, two H100s, bus bandwidth, 2026-11-13"
+        ),
+        "ramp_bytes": _measured(16e6, "bytes", "225 GB/s at 33.5 MB sent, two H100s, NCCL, 2026-11-25"),
+        "overlap_cost": _measured(1.0, "of a link's time", f"truth-shard: hidden collectives slow products, {RUNS}"),
         "network_fraction": _estimate(0.85, "of published", "bus bandwidth of NCCL rings between nodes"),
         "node_latency_s": _estimate(3e-6, "s/hop", "a hop of a ring within a node"),
         "network_latency_s": _estimate(10e-6, "s/hop", "a hop of a ring between nodes"),

@@ -162,8 +162,8 @@ def _moments(
     copies = _copies(layout, rank, kept, compute, made)
     head, tokens = _head_size(layout, rank), sequences * layout.sequence // layout.degrees.context
     forming = _loss_bytes(layout, tokens, compute) if head else 0
-    # Until the backward has reached the table that shares the matrix, the head's gradient waits.
-    handed = head * (compute if layout.is_sharded else wide)
+    # Under FSDP a head of its own is reduced at once. A shared one's gradient waits for the embedding's.
+    handed = head * (compute if layout.is_sharded and layout.tied else wide)
     waits = handed if layout.tied and rank == 0 and (layout.is_sharded or there) else 0
     working = sequences * _working_bytes(layout, rank, kept, compute)
     layers, table_grads, table = _unsharded_gradients(layout, rank, compute)
@@ -188,10 +188,14 @@ def _moments(
 
 
 def _communicators(layout: Layout) -> int:
-    """One for each axis that has ranks, FSDP's joint one where it joins axes, and the whole world's."""
-    sizes = [degree for degree in layout.degrees.sizes.values() if degree > 1]
-    joins = sum(getattr(layout.degrees, axis) > 1 for axis in ("expert", "data_shard", "context")) > 1
-    return len(sizes) + (1 if joins else 0) + (1 if len(sizes) > 1 else 0)
+    """Of a rank: the world's, one for each axis that has ranks, FSDP's joint one where it joins axes; in a pipeline one
+    for each neighbour and direction, and that of a shared matrix."""
+    degrees = layout.degrees
+    axes = [axis for axis, degree in degrees.sizes.items() if degree > 1 and axis != "pipeline"]
+    joins = sum(axis in axes for axis in ("expert", "data_shard", "context")) > 1
+    neighbours = min(2, degrees.pipeline - 1)
+    pipeline = 2 * neighbours + (layout.tied is not None) if neighbours else 0
+    return (degrees.world > 1) + len(axes) + joins + pipeline
 
 
 def _head_size(layout: Layout, rank: int) -> int:

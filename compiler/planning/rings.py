@@ -3,7 +3,8 @@
 A ring over n ranks moves (n - 1) / n of the tensor through every link in an all-gather or a reduce-scatter, twice that
 in an all-reduce, in (n - 1) or 2 (n - 1) hops (Patarasuk & Yuan 2009; NCCL's `busbw`). In an all-to-all each rank sends
 (n - 1) / n of what it has. A ring that leaves a node has one adapter for each of its members there, so it runs at the
-slower of the link inside and the adapters together.
+slower of the link inside and the adapters together. The first bytes take twice as long, until all channels of the links
+are full.
 """
 
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def collective_s(kind: str, whole_bytes: float, group: Group, cluster: Cluster) 
     if group.degree == 1:
         return 0.0
     gpu, constants = cluster.gpu, cluster.constants
-    bandwidth, latency_s = gpu.link_bytes_per_s * constants["nvlink_fraction"], constants["node_latency_s"]
+    bandwidth, latency_s = link_bytes_per_s(cluster), constants["node_latency_s"]
     if not group.is_within_node(gpu.node_size):
         members = group.members_per_node(gpu.node_size)
         network = members * gpu.network_bytes_per_s * constants["network_fraction"]
@@ -64,7 +65,14 @@ def collective_s(kind: str, whole_bytes: float, group: Group, cluster: Cluster) 
         group.degree // group.members_per_node(gpu.node_size) - 1
     )  # fmt: skip
     delay_s = constants["collective_s"] + (hops - far) * latency_s + far * constants["network_latency_s"]
-    return sent_bytes(kind, whole_bytes, group.degree) / bandwidth + delay_s
+    sent = sent_bytes(kind, whole_bytes, group.degree)
+    slow = min(sent, constants["ramp_bytes"]) / link_bytes_per_s(cluster)
+    return sent / bandwidth + slow + delay_s
+
+
+def link_bytes_per_s(cluster: Cluster) -> float:
+    """Of large collectives inside a node."""
+    return cluster.gpu.link_bytes_per_s * cluster.constants["nvlink_fraction"]
 
 
 def send_s(whole_bytes: float, group: Group, cluster: Cluster) -> float:
@@ -73,5 +81,5 @@ def send_s(whole_bytes: float, group: Group, cluster: Cluster) -> float:
         return 0.0
     gpu, constants = cluster.gpu, cluster.constants
     if group.stride < gpu.node_size and group.is_within_node(gpu.node_size):
-        return whole_bytes / (gpu.link_bytes_per_s * constants["nvlink_fraction"]) + constants["node_latency_s"]
+        return whole_bytes / link_bytes_per_s(cluster) + constants["node_latency_s"]
     return whole_bytes / (gpu.network_bytes_per_s * constants["network_fraction"]) + constants["network_latency_s"]

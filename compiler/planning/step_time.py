@@ -3,8 +3,9 @@
 In a pipeline FSDP gathers a stage in its first forward and reduces in its last backward; otherwise every micro-batch
 does both. What overlaps: FSDP gathers the next layer's weights and reduces the last one's gradients while a layer
 computes (prefetch of one); what is longer than the computation beside it is exposed, and so are the first gather and
-the last reduction. Collectives of the axes `tensor`, `context` and `expert` stand between operations and overlap
-nothing. Hand-offs between stages delay the receiver only.
+the last reduction. What is hidden takes multiprocessors and bandwidth from the computation, in proportion to its bytes:
+`overlap_cost` of the time in which a link inside a node would carry them. Collectives of the axes `tensor`, `context`
+and `expert` stand between operations and overlap nothing. Hand-offs between stages delay the receiver only.
 """
 
 from collections import defaultdict
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 
 from archwright.compiler.planning.kept import Kept
 from archwright.compiler.planning.layout import Layout, ParamSize
-from archwright.compiler.planning.rings import Group, collective_s, groups, send_s, sent_bytes
+from archwright.compiler.planning.rings import Group, collective_s, groups, link_bytes_per_s, send_s, sent_bytes
 from archwright.compiler.planning.schedule import Task, alive, orders, simulate
 from archwright.compiler.planning.work import Setting, Work, segment_work
 
@@ -135,7 +136,8 @@ def _blocking(
     """Seconds of the collectives inside a segment.
 
     direction: forward, backward, or again: those of a forward that is repeated. Where products are kept, so are the
-    sums of them over ranks.
+    sums of them over ranks. Pieces of a sequence are not its first dim, so that a copy puts them together or apart;
+    those of context ranks, another one in the order of positions.
     """
     total_s, found = 0.0, groups(layout.degrees)
     trace = layout.traces[kind]
@@ -147,8 +149,19 @@ def _blocking(
             group, size = found[each.mesh_axis], each.elements * setting.sequences * setting.compute_bytes
             seconds = collective_s(each.kind, size, group, setting.cluster)
             exchanges[each.mesh_axis].add(1, sent_bytes(each.kind, size, group.degree), seconds, seconds)
-            total_s += seconds
+            copies = 0 if each.kind not in ("all_gather", "reduce_scatter") else 1 + (each.mesh_axis == "context")
+            total_s += seconds + copies * 2 * size / setting.bytes_per_s
     return total_s
+
+
+@dataclass(kw_only=True)
+class _Sharded:
+    """Of one segment under FSDP: its gather and its reduction, each by itself, and what they send."""
+
+    gather_s: float = 0
+    reduce_s: float = 0
+    gather_bytes: float = 0
+    reduce_bytes: float = 0
 
 
 def _sharding(
@@ -158,52 +171,52 @@ def _sharding(
     """Exposed seconds of FSDP in forward and backward.
 
     Forward: the gather of segment i + 1 runs beside segment i. Backward, from the last segment: beside segment i run
-    the gather of i - 1 (not of the head and the embedding, which are kept) and the reduction of i + 1.
+    the gather of i - 1 (not of the head and the embedding, which are kept, nor without `reshard`) and the reduction of
+    i + 1.
     """
-    gathers, reduces = [], []
-    ends = {layout.kinds[0], layout.kinds[-1]}
-    for kind in kinds:
-        again = kind not in ends and not layout.gathers_once
-        gather, reduce = _gather_and_reduce(layout.groups[kind], layout, setting, exchanges, again=again)
-        gathers.append(gather)
-        reduces.append(reduce)
-    last = len(kinds) - 1
-    ahead = [*gathers[1:], 0.0]
-    exposed_forward = gathers[0] + sum(max(0.0, ahead[i] - forward[i]) for i in range(last + 1))
-    exposed_backward = reduces[0]
-    for i in range(last, -1, -1):
-        gathered = i and kinds[i - 1] not in ends and not layout.gathers_once
-        beside = (gathers[i - 1] if gathered else 0.0) + (reduces[i + 1] if i < last else 0.0)
-        exposed_backward += max(0.0, beside - backward[i])
+    ends, nothing = {layout.kinds[0], layout.kinds[-1]}, _Sharded()
+    repeats = [kind not in ends and layout.reshard and not layout.gathers_once for kind in kinds]
+    found = [
+        _gather_and_reduce(layout.groups[kind], layout, setting, exchanges, again=again)
+        for kind, again in zip(kinds, repeats, strict=True)
+    ]
+    cost_s = setting.cluster.constants["overlap_cost"] / link_bytes_per_s(setting.cluster)
+    ahead, behind = [*found[1:], nothing], [*found[1:], nothing]
+    before = [each if again else nothing for each, again in zip([nothing, *found], [False, *repeats], strict=True)]
+    exposed_forward, exposed_backward = found[0].gather_s, found[0].reduce_s
+    for i in range(len(kinds)):
+        exposed_forward += max(ahead[i].gather_s - forward[i], cost_s * ahead[i].gather_bytes)
+        beside_s = before[i].gather_s + behind[i].reduce_s
+        exposed_backward += max(beside_s - backward[i], cost_s * (before[i].gather_bytes + behind[i].reduce_bytes))
     exchanges["data_shard"].exposed_s += exposed_forward + exposed_backward
     return exposed_forward, exposed_backward
 
 
 def _gather_and_reduce(
     params: tuple[ParamSize, ...], layout: Layout, setting: Setting, exchanges: dict[str, Exchange], *, again: bool
-) -> tuple[float, float]:
-    """Seconds of an all-gather in the computation's dtype, and of a reduce-scatter in float32 or wider; copies over
-    `data_replicate` then add up what they have of the result."""
-    found, cluster, wide = groups(layout.degrees), setting.cluster, setting.master_bytes
-    gather_s = reduce_s = 0.0
+) -> _Sharded:
+    """An all-gather in the computation's dtype, and a reduce-scatter in float32 or wider; copies over `data_replicate`
+    then add up what they have of the result."""
+    groups_, cluster, wide = groups(layout.degrees), setting.cluster, setting.master_bytes
+    found = _Sharded()
     for name, is_expert in (("shard", False), ("expert_shard", True)):
         size = sum(each.unsharded for each in params if each.expert == is_expert)
         if not size:
             continue
-        group = found[name]
-        narrow, copies = size * setting.compute_bytes, found["data_replicate"]
+        group = groups_[name]
+        narrow, copies = size * setting.compute_bytes, groups_["data_replicate"]
         for kind, bytes_, ranks, times in (
             ("all_gather", narrow, group, 2 if again else 1),
             ("reduce_scatter", size * wide, group, 1),
             ("all_reduce", size * wide / group.degree, copies, 1),
         ):
-            seconds = collective_s(kind, bytes_, ranks, cluster)
-            exchanges[ranks.axis].add(times, sent_bytes(kind, bytes_, ranks.degree), seconds, 0)
+            seconds, sent = collective_s(kind, bytes_, ranks, cluster), sent_bytes(kind, bytes_, ranks.degree)
+            exchanges[ranks.axis].add(times, sent, seconds, 0)
             if kind == "all_gather":
-                gather_s += seconds
+                found.gather_s, found.gather_bytes = found.gather_s + seconds, found.gather_bytes + sent
             else:
-                reduce_s += seconds
-    return gather_s, reduce_s
+                found.reduce_s, found.reduce_bytes = found.reduce_s + seconds, found.reduce_bytes + sent
+    return found
 
 
 def _hand_off_bytes(layout: Layout, setting: Setting) -> float:

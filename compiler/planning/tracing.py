@@ -39,7 +39,7 @@ class Rule:
 _DEFAULT = Rule(output=True)
 RULES: Mapping[str, Rule] = {
     "linear": Rule(),
-    # A row is a head's token: the softmax's logarithm. The kernel gives [B, N, S, H], the product after it reads a copy.
+    # A row is a head's token: the softmax's logarithm. The product that follows reads a copy.
     "attention": Rule(output=True, compiled_copies=1, row_values=1),
     "embed": Rule(inputs=False),
     "rms_norm": Rule(fusible=True, eager_inputs=False, eager_wide=1, eager_narrow=1, row_values=1),  # the root
@@ -55,6 +55,13 @@ RULES: Mapping[str, Rule] = {
     "enter": Rule(view=True),
     "exchange": Rule(inputs=False),
     "input": Rule(inputs=False),
+    # Of a mixture of experts.
+    "top_k": Rule(inputs=False),
+    "routing_weights": Rule(fusible=True),
+    "router_penalty": Rule(fusible=True),
+    "sum_over_targets": Rule(inputs=False),
+    "permute": Rule(inputs=False),
+    "expert_linear": Rule(),
     "linear_cross_entropy": Rule(inputs=False),  # keeps the gradient of what it read in its place: `memory`
 }
 
@@ -167,6 +174,27 @@ class TraceOps(CostOps):
             causal_flops=sum(cost.causal_flops for cost in costs) / share,
         )  # fmt: skip
 
+    def experts(self, x: Any, weights: Any, indices: Any, gate: Any, up: Any, down: Any, **named: Any) -> Any:
+        """A SwiGLU over a row for each token and each of its experts: S · X rows, of which the backward of the weighted
+        sum needs the results besides.
+
+        With the experts spread over ranks a rank gets as many rows as it sends, if they are evenly used.
+        """
+        self._nested, before = True, len(self.costs)
+        try:
+            result = CostOps.experts(self, x, weights, indices, gate, up, down, **named)  # type: ignore[attr-defined]
+        finally:
+            self._nested = False
+        costs = tuple(self.costs[before:])
+        third = tuple(replace(cost, flops=cost.flops // 3, causal_flops=cost.causal_flops // 3) for cost in costs)
+        rows = Shaped(shape=(*indices.shape, x.shape[-1]))
+        inner = replace(rows, shape=(*indices.shape, gate.shape[1]))
+        sorted_ = self.record("permute", (x,), rows)
+        gated = self.record("silu", (self.record("expert_linear", (sorted_, gate), inner, third),), inner)
+        product = self.record("multiply", (gated, self.record("expert_linear", (sorted_, up), inner, third)), inner)
+        back = self.record("permute", (self.record("expert_linear", (product, down), rows, third),), rows)
+        return self.record("multiply", (back, weights), result)
+
     def _gathered(self, value: Traced) -> int:
         """Keys or values of a whole sequence, of which context ranks have pieces."""
         rows = prod(value.shape[:-1])
@@ -212,8 +240,8 @@ def _wrap(op: str) -> None:
     setattr(TraceOps, op, call)
 
 
-for _name, _value in list(vars(CostOps).items()):
-    if callable(_value) and not _name.startswith("_") and _name not in ("param", "scope"):
+for _name in dir(CostOps):
+    if callable(getattr(CostOps, _name)) and not _name.startswith("_") and _name not in ("param", "scope", "experts"):
         _wrap(_name)
 
 
@@ -229,11 +257,15 @@ def trace(
     step = Step[Shaped](positions_BS=tokens_BS, targets_BS=tokens_BS)
     sites = program.sites()
     x: Any = tokens_BS
+    penalties: tuple[Any, ...] = ()  # what routers add to the loss; the last segment takes it
     for index, segment in enumerate(program.segments):
         before = len(ops.costs)
         x = ops.begin(x)
         if index == 0:
             x = tokens_BS
-        x = CostScope(segment.block, segment.path, ops, sites)(x, step)
+        x = CostScope(segment.block, segment.path, ops, sites)(x, step, *(() if segment.path else penalties))
+        if segment.path and isinstance(x, tuple):
+            x, *own = x
+            penalties = tuple(Shaped(shape=each.shape) for each in own if each is not None) or penalties
         ops.end(x, ops.costs[before:])
     return ops.segments

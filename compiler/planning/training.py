@@ -93,6 +93,7 @@ def estimate(layout: Layout, parallel: Parallel, train: Train, cluster: Cluster 
         setting = Setting(
             cluster=cluster, sequences=sequences, compute_bytes=compute, master_bytes=master,
             precision=train.precision, compiled=compiled, accumulates=train.micro_batches > 1,
+            context=degrees.context,
         )  # fmt: skip
         time = step_time(layout, kept, setting, micro_batches=train.micro_batches, schedule=schedule, muon=muon)
         flops, moved = _most_work(layout, time, train, cluster, every)

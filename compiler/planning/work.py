@@ -20,7 +20,7 @@ LOGITS_CHUNK_BYTES, CHUNK_MULTIPLE = 1 << 30, 128
 class Setting:
     """How a step is computed. sequences: of a micro-batch on a rank. compute_bytes, master_bytes: of a value.
 
-    accumulates: whether gradients are added to those of micro-batches before.
+    accumulates: whether gradients are added to those of micro-batches before. context: ranks that share a sequence.
     """
 
     cluster: Cluster
@@ -30,6 +30,7 @@ class Setting:
     precision: str
     compiled: bool
     accumulates: bool
+    context: int = 1
 
     @property
     def peak_flops_per_s(self) -> float:
@@ -96,12 +97,16 @@ def _product_bytes(trace: SegmentTrace, index: int, setting: Setting) -> float:
 
 
 def _product_s(trace: SegmentTrace, index: int, setting: Setting, times: int) -> float:
-    """times: 1 for a forward, 2 for a backward."""
+    """times: 1 for a forward, 2 for a backward; attention's has 5 products for 2, since it forms the scores again."""
     node, constants = trace.nodes[index], setting.cluster.constants
-    fraction = constants["matmul_fraction"]
+    fraction, more = constants["matmul_fraction"], 1.0
     if node.op == "attention":
         fraction = constants["attention_fraction" if times == 1 else "attention_backward_fraction"]
-    flops_s = setting.sequences * node.causal_flops / (setting.peak_flops_per_s * fraction)
+        fraction *= constants["context_attention"] if setting.context > 1 else 1
+        more = 1 if times == 1 else 5 / 4
+    elif node.op == "expert_linear":
+        fraction = constants["grouped_fraction"]
+    flops_s = more * setting.sequences * node.causal_flops / (setting.peak_flops_per_s * fraction)
     bytes_s = _product_bytes(trace, index, setting) / setting.bytes_per_s
     return times * max(flops_s, bytes_s, constants["launch_s"])
 
@@ -119,9 +124,10 @@ def _elementwise_bytes(trace: SegmentTrace, setting: Setting) -> float:
     reads = {origin for index in fusible for origin in nodes[index].inputs if origin not in fusible}
     used = {origin for index, node in enumerate(nodes) if index not in fusible for origin in node.inputs}
     sums = {index for index in fusible if nodes[index].op == "add"}  # the residual stream is read again further on
+    copied = sum(2 * rule_of(node.op).compiled_copies * node.elements for node in nodes)
     writes = [index for index in fusible if index in used or index in sums or index == trace.output]
     return size * (sum(nodes[i].elements for i in reads) + sum(nodes[i].elements for i in writes) +
-                   sum(nodes[i].elements for i in sums))  # fmt: skip
+                   sum(nodes[i].elements for i in sums) + copied)  # fmt: skip
 
 
 def loss_chunk(layout: Layout, compute_bytes: int, tokens: int) -> int:
@@ -143,6 +149,8 @@ def _loss(layout: Layout, trace: SegmentTrace, setting: Setting) -> tuple[float,
 
     Of each logit, e bytes written by the product, read by two kernels, its gradient written and read by two products:
     6e. Of each value of the head, for each chunk: read by two products 2e, its gradient's sum read and written 2w.
+    What products read and write is in their time. The kernels move 3e, and since one of them takes exponentials they
+    need as long as 4e would; the head's gradient is zeroed, and its copy made.
     """
     losses = [node for node in trace.nodes if node.op == "linear_cross_entropy" and node.flops]
     if not losses:
@@ -153,8 +161,9 @@ def _loss(layout: Layout, trace: SegmentTrace, setting: Setting) -> tuple[float,
     chunks = -(-tokens // loss_chunk(layout, e, tokens))
     moved = tokens * rows * 6 * e + chunks * rows * columns * (2 * e + 2 * w)
     flops = 3 * setting.sequences * losses[0].flops
-    fraction = setting.cluster.constants["matmul_fraction"]
-    return flops, moved, flops / (setting.peak_flops_per_s * fraction) + moved / setting.bytes_per_s
+    between = tokens * rows * 4 * e + rows * columns * (w + (0 if layout.is_sharded or e == w else e + w))
+    product_s = flops / (setting.peak_flops_per_s * setting.cluster.constants["matmul_fraction"])
+    return flops, moved, product_s + between / setting.bytes_per_s
 
 
 def _weight_bytes(layout: Layout, kind: int, setting: Setting) -> tuple[float, float]:
@@ -164,7 +173,7 @@ def _weight_bytes(layout: Layout, kind: int, setting: Setting) -> tuple[float, f
     buffer that is reduced.
     """
     e, w = setting.compute_bytes, setting.master_bytes
-    unsharded = sum(each.unsharded for each in layout.params[kind])
+    unsharded = sum(each.unsharded for each in layout.groups[kind])
     if layout.is_sharded:
         return 2 * e * unsharded, (3 * e + w) * unsharded
     cast = sum(each.unsharded for each in layout.params[kind] if each.cast) if e != w else 0

@@ -15,7 +15,7 @@ from archwright.spec import load
 
 GB = 10**9
 FREE = {**DEFAULTS, "nvlink_fraction": 1.0, "network_fraction": 1.0}
-FREE |= {"node_latency_s": 0.0, "network_latency_s": 0.0, "collective_s": 0.0}
+FREE |= {"node_latency_s": 0.0, "network_latency_s": 0.0, "collective_s": 0.0, "ramp_bytes": 0.0, "overlap_cost": 0.0}
 CLUSTER = replace(parse_cluster("64xH100"), constants=FREE)
 """450 GB/s inside a node of 8, 50 GB/s out of it for each GPU."""
 
@@ -41,6 +41,13 @@ def test_a_ring_runs_at_its_slowest_link(degree: int, stride: int, seconds: floa
     group = Group(axis="data_shard", degree=degree, stride=stride)
     assert collective_s("all_gather", 8 * GB, group, CLUSTER) == pytest.approx(seconds)
     assert collective_s("all_reduce", 8 * GB, group, CLUSTER) == pytest.approx(2 * seconds)
+
+
+def test_the_first_bytes_take_twice_as_long() -> None:
+    cluster = replace(CLUSTER, constants={**FREE, "ramp_bytes": 10e6})
+    group = Group(axis="tensor", degree=2, stride=1)
+    assert collective_s("all_gather", 8e6, group, cluster) == pytest.approx(2 * 4e6 / 450e9)
+    assert collective_s("all_gather", 80e6, group, cluster) == pytest.approx((40e6 + 10e6) / 450e9)
 
 
 def test_latency_counts_hops() -> None:
