@@ -36,10 +36,8 @@ TABLE: Mapping[str, Constant] = MappingProxyType(
         # Memory.
         "reserved_bytes": _measured(590 * MIB, "bytes", "H100: 81,559 MiB reported, 79.1 GiB seen by torch"),
         "context_bytes": _estimate(640 * MIB, "bytes", "CUDA context, kernels and cuBLAS workspaces of a process"),
-        "nccl_bytes": _measured(600 * MIB, "bytes/communicator", f"on the device beside what is allocated, {RUNS}"),
-        "allocator_slack": _measured(
-            0.04, "fraction", f"PyTorch's caching allocator, reserved above allocated, {RUNS}"
-        ),
+        "nccl_bytes": _measured(600 * MIB, "bytes/communicator", f"fitted to device less allocated bytes, {RUNS}"),
+        "allocator_slack": _measured(0.04, "fraction", f"reserved above allocated, fitted to {RUNS}"),
         # Arithmetic and memory traffic.
         "matmul_fraction": _measured(759 / 989, "of peak", f"160 ms of products in a step of {STEP}"),
         "grouped_fraction": _estimate(
@@ -50,22 +48,23 @@ TABLE: Mapping[str, Constant] = MappingProxyType(
         ),
         "attention_backward_fraction": _measured(323 / 989, "of peak", f"34.1 ms with its helpers in a step of {STEP}"),
         "context_attention": _measured(
-            0.5, "of attention's", f"two FlashAttention 2 calls and keys put in order, {RUNS}"
+            0.5, "of attention's", f"FlashAttention 2 and keys in order, fitted to one of {RUNS}"
         ),
         "bandwidth_fraction": _measured(3008 / 3350, "of published", "device-to-device copy, one H100, 2026-11-22"),
         "eager_passes": _estimate(1.5, "of one read and write", "uncompiled elementwise work makes extra passes"),
-        "backward_traffic": _measured(
-            2.8, "of forward", f"35 ms of elementwise work, what products, loss and update leave, in a step of {STEP}"
-        ),
+        "backward_traffic": _measured(2.8, "of forward", f"fitted: the 35 ms that all else leaves in a step of {STEP}"),
+        "loss_passes": _measured(4, "of reading or writing a logit", f"loss kernels 6.7 ms in a step of {STEP}"),
         "optimizer_bytes": _measured(41.9, "bytes/parameter", f"fused AdamW 15.3 ms, norm 1.9 ms in a step of {STEP}"),
         "launch_s": _estimate(4e-6, "s/operation", "kernels that are launched faster than they run cost nothing"),
         "step_overhead_s": _estimate(2e-3, "s/step", "data, synchronisation and logging of a step"),
         # Communication.
         "nvlink_fraction": _measured(
-            329 / 450, "of published", "1 GiB all-reduce, two H100s, bus bandwidth, 2026-11-13"
+            329 / 450, "of published", "1 GiB all-reduce, bus, such a pair of H100s, 2026-11-13"
         ),
-        "ramp_bytes": _measured(16e6, "bytes", "225 GB/s at 33.5 MB sent, two H100s, NCCL, 2026-11-25"),
-        "overlap_cost": _measured(1.0, "of a link's time", f"truth-shard: hidden collectives slow products, {RUNS}"),
+        "ramp_bytes": _estimate(
+            16e6, "bytes", "200 to 250 GB/s of NCCL in collectives of 67 MB, two H100s, 2026-11-25"
+        ),
+        "overlap_cost": _estimate(1.0, "of a link's time", f"as if nothing were hidden; a fit gives 1.8, {RUNS}"),
         "network_fraction": _estimate(0.85, "of published", "bus bandwidth of NCCL rings between nodes"),
         "node_latency_s": _estimate(3e-6, "s/hop", "a hop of a ring within a node"),
         "network_latency_s": _estimate(10e-6, "s/hop", "a hop of a ring between nodes"),

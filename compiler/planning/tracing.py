@@ -57,8 +57,10 @@ RULES: Mapping[str, Rule] = {
     "input": Rule(inputs=False),
     # Of a mixture of experts.
     "top_k": Rule(inputs=False),
-    "routing_weights": Rule(fusible=True),
-    "router_penalty": Rule(fusible=True),
+    "scores": Rule(fusible=True, eager_inputs=False, eager_wide=1, row_values=1),  # of the router; a row's sum
+    "penalty_scores": Rule(fusible=True, eager_inputs=False, eager_wide=2, row_values=2),  # again, and logsumexp
+    "routing_weights": Rule(inputs=False, fusible=True, eager_wide=1),
+    "router_penalty": Rule(inputs=False, fusible=True),
     "sum_over_targets": Rule(inputs=False),
     "permute": Rule(inputs=False),
     "expert_linear": Rule(),
@@ -174,18 +176,21 @@ class TraceOps(CostOps):
             causal_flops=sum(cost.causal_flops for cost in costs) / share,
         )  # fmt: skip
 
+    def routing_weights(self, logits: Any, indices: Any, routing: Any) -> Any:
+        result, costs = self._whole("routing_weights", (logits, indices, routing), {})
+        return self.record("routing_weights", (self.record("scores", (logits,), logits),), result, costs)
+
+    def router_penalty(self, logits: Any, *values: Any, **named: Any) -> Any:
+        result, costs = self._whole("router_penalty", (logits, *values), named)
+        return self.record("router_penalty", (self.record("penalty_scores", (logits,), logits),), result, costs)
+
     def experts(self, x: Any, weights: Any, indices: Any, gate: Any, up: Any, down: Any, **named: Any) -> Any:
         """A SwiGLU over a row for each token and each of its experts: S · X rows, of which the backward of the weighted
         sum needs the results besides.
 
         With the experts spread over ranks a rank gets as many rows as it sends, if they are evenly used.
         """
-        self._nested, before = True, len(self.costs)
-        try:
-            result = CostOps.experts(self, x, weights, indices, gate, up, down, **named)  # type: ignore[attr-defined]
-        finally:
-            self._nested = False
-        costs = tuple(self.costs[before:])
+        result, costs = self._whole("experts", (x, weights, indices, gate, up, down), named)
         third = tuple(replace(cost, flops=cost.flops // 3, causal_flops=cost.causal_flops // 3) for cost in costs)
         rows = Shaped(shape=(*indices.shape, x.shape[-1]))
         inner = replace(rows, shape=(*indices.shape, gate.shape[1]))
@@ -212,12 +217,17 @@ class TraceOps(CostOps):
         """Run an operation and record it; the operations that it is made of are not recorded."""
         if self._nested:
             return method(self, *values, **named)
+        result, costs = self._whole(op, values, named)
+        return self.record(op, (*values, *named.values()), result, costs)
+
+    def _whole(self, op: str, values: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, tuple[Cost, ...]]:
+        """(the result of an operation, what it and the operations that it is made of cost); none of them recorded."""
         self._nested, before = True, len(self.costs)
         try:
-            result = method(self, *values, **named)
+            result = getattr(CostOps, op)(self, *values, **named)
         finally:
             self._nested = False
-        return self.record(op, (*values, *named.values()), result, tuple(self.costs[before:]))
+        return result, tuple(self.costs[before:])
 
 
 def _at(value: Shaped, ops: TraceOps, node: int) -> Traced:
@@ -241,7 +251,7 @@ def _wrap(op: str) -> None:
 
 
 for _name in dir(CostOps):
-    if callable(getattr(CostOps, _name)) and not _name.startswith("_") and _name not in ("param", "scope", "experts"):
+    if callable(getattr(CostOps, _name)) and not _name.startswith("_") and _name not in ("scope", *vars(TraceOps)):
         _wrap(_name)
 
 

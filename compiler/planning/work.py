@@ -149,8 +149,8 @@ def _loss(layout: Layout, trace: SegmentTrace, setting: Setting) -> tuple[float,
 
     Of each logit, e bytes written by the product, read by two kernels, its gradient written and read by two products:
     6e. Of each value of the head, for each chunk: read by two products 2e, its gradient's sum read and written 2w.
-    What products read and write is in their time. The kernels move 3e, and since one of them takes exponentials they
-    need as long as 4e would; the head's gradient is zeroed, and its copy made.
+    What products read and write is in their time. The kernels move 3e and take exponentials (`loss_passes`); the head's
+    gradient is zeroed, and its copy made.
     """
     losses = [node for node in trace.nodes if node.op == "linear_cross_entropy" and node.flops]
     if not losses:
@@ -161,7 +161,8 @@ def _loss(layout: Layout, trace: SegmentTrace, setting: Setting) -> tuple[float,
     chunks = -(-tokens // loss_chunk(layout, e, tokens))
     moved = tokens * rows * 6 * e + chunks * rows * columns * (2 * e + 2 * w)
     flops = 3 * setting.sequences * losses[0].flops
-    between = tokens * rows * 4 * e + rows * columns * (w + (0 if layout.is_sharded or e == w else e + w))
+    passes = setting.cluster.constants["loss_passes"]
+    between = tokens * rows * passes * e + rows * columns * (w + (0 if layout.is_sharded or e == w else e + w))
     product_s = flops / (setting.peak_flops_per_s * setting.cluster.constants["matmul_fraction"])
     return flops, moved, product_s + between / setting.bytes_per_s
 

@@ -56,3 +56,10 @@ def test_states_that_fit_nowhere_need_more_gpus() -> None:
 def test_none_is_said_where_none_fits() -> None:
     settings = overrides(train={"batch_size": 1, "micro_batches": 1}, parallel={"data_shard": 1})
     assert plan(load("preset:llama3.1-405b", settings), gpus="1xA10").change is None
+
+
+def test_gathered_weights_are_freed_before_anything_is_computed_again() -> None:
+    train = {"batch_size": 32, "activation_checkpointing": {"kind": "selective"}}
+    settings = overrides(train=train, parallel={"reshard": False})
+    report = plan(load("preset:llama3.1-8b", settings), gpus="8xH100")
+    assert report.change is not None and report.change.settings == {"parallel.reshard": "true"}

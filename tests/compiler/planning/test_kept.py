@@ -107,13 +107,18 @@ def test_a_compiled_llama_layer_by_hand(tensor: int, sequence: bool) -> None:
     assert kept(layer, NONE, compiled=True, compute_bytes=2).kept_bytes == S * (2 * values + 4 * rows)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # both are torch's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # all are torch's own
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "layer",
-    [{}, {"ffn": {"kind": "gelu", "hidden_size": 96, "bias": True}, "norm": {"kind": "layernorm"}}],
-    ids=["swiglu", "gelu"],
+    [
+        {},
+        {"ffn": {"kind": "gelu", "hidden_size": 96, "bias": True}, "norm": {"kind": "layernorm"}},
+        {"ffn": {"kind": "moe", "experts": 4, "experts_per_token": 2, "hidden_size": 96}},
+    ],
+    ids=["swiglu", "gelu", "moe"],
 )
 def test_a_compiled_layer_keeps_what_torchs_partitioner_keeps(dtype: torch.dtype, layer: dict[str, Any]) -> None:
     """The partitioner is the one of GPUs; what else inductor does changes no values between forward and backward."""
@@ -129,6 +134,18 @@ def test_a_compiled_layer_keeps_what_torchs_partitioner_keeps(dtype: torch.dtype
     e = dtype.itemsize
     planned = 4 * kept(layout_of(program, 64).traces[1], NONE, compiled=True, compute_bytes=e).kept_bytes
     assert planned + (copies * e if e < 4 else 0) == pytest.approx((found[1] - found[0]) / 2, rel=0.01)
+
+
+def test_a_layer_of_experts_by_hand() -> None:
+    """Of each token's X = 2 experts: what it reads, gate, up and their product, and the result for its weight."""
+    layout = layout_of(lower(load("preset:mixtral-8x7b")), expert=8)
+    x, f, layer = 2, 14336, layout.traces[1]
+    values = 4 * D + 3 * N * H + 2 * K * H + x * (2 * D + 3 * f)
+    found = kept(layer, NONE, compiled=True, compute_bytes=2).kept_bytes
+    assert found == pytest.approx(S * 2 * values, rel=0.002), "the router's few values besides"
+    assert sum(node.causal_flops for node in layer.nodes if node.op == "expert_linear") == S * x * 3 * 2 * D * f
+    sent = [(each.kind, each.elements, each.backward) for each in layer.collectives if each.mesh_axis == "expert"]
+    assert sent == 2 * [("all_to_all", S * x * D, False), ("all_to_all", S * x * D, True)]
 
 
 def test_context_ranks_keep_their_tokens_and_all_keys() -> None:
