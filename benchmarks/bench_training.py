@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from contestants import Archwright, Contestant, Handwritten, synthetic_samples, train_of
 from measuring import Timing, environment, gather_from_ranks, profile, summary, time_in_turns, time_steps
 
@@ -61,7 +60,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--chunk-tokens", type=int, default=4096, help="tokens of a chunk of the hand-written loss")
     add("--fused", action="store_true", help="the hand-written model joins q, k, v and gate, up")
     add("--machine", choices=tuple(GPUS), help="for the plan and the peak; default: the GPU found, else H100")
-    add("--inductor", action="append", default=[], metavar="NAME", help="switch of torch._inductor.config to turn on")
     add("--profile", action="store_true", help="add the kernels of one more step to the result")
     add("--output", type=Path, default=RESULTS, help="folder of the result")
     add("--label", help="in the name of the result's file")
@@ -79,8 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     chosen.mode = chosen.mode or ("pair" if world.size == 1 else "archwright")
     device = device_of(world)
     prefer(chosen.sdpa)
-    for name in chosen.inductor:
-        setattr(torch._inductor.config, name, True)
     join(world, device.type)
     try:
         record = measure(chosen, world, device)
