@@ -177,11 +177,11 @@ def _batch_fills_data_ranks(spec: Spec) -> Iterator[Finding]:
         return
     pieces = ranks * train.micro_batches
     if train.batch_size % pieces:
-        axes = {f"parallel.{axis}": known[axis] for axis in ("data_shard", "data_replicate", "expert") if axis in known}
+        axes = {axis: known.get(axis, 1) for axis in ("data_shard", "data_replicate", "expert")}
+        others: dict[str, object] = {f"parallel.{axis}": degree for axis, degree in axes.items() if degree > 1}
         yield Finding(
             code="SPEC045", path="train.batch_size",
-            others={path: degree for path, degree in axes.items() if degree > 1}
-            | {"train.micro_batches": train.micro_batches},
+            others={**others, "train.micro_batches": train.micro_batches},
             message=f"`batch_size` ({train.batch_size}) is not divisible by {ranks} data ranks x "
             f"{train.micro_batches} micro-batches",
             label="each data rank takes equally many sequences of each micro-batch",

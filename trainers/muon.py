@@ -58,6 +58,7 @@ class Muon(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
+        assert parameter.grad is not None
         local, gradient, kept = local_of(parameter), local_of(parameter.grad), local_of(state["momentum"])
         kept.mul_(momentum).add_(gradient, alpha=1 - momentum)
         whole = orthogonalize(layout.gather(gradient * (1 - momentum) + kept * momentum).to(self._dtype))

@@ -78,4 +78,4 @@ def _ends(degrees: Degrees) -> ProcessGroup | None:
     column = degrees.world // degrees.pipeline
     pairs = [[rank, rank + column * (degrees.pipeline - 1)] for rank in range(column)]
     group, _ = new_subgroups_by_enumeration(pairs)
-    return group if any(get_rank() in pair for pair in pairs) else None
+    return group if isinstance(group, ProcessGroup) and any(get_rank() in pair for pair in pairs) else None

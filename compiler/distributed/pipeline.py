@@ -137,7 +137,7 @@ class Pipeline:
             forms = [(each.shape, each.dtype) for each in outputs]
             torch.autograd.backward(outputs, self._edges[True, True].receive(forms, outputs[0].device))
         if stage > 0:
-            self._edges[True, False].send([tensor.grad for tensor in _split(x)])
+            self._edges[True, False].send([tensor.grad for tensor in _split(x) if tensor.grad is not None])
 
     def _set_last(self, action: Action, micro_batches: int) -> None:
         """FSDP adds up the gradients of the ranks once, in the last backward of a stage."""

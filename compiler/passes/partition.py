@@ -29,11 +29,12 @@ def degrees_of(parallel: Parallel | BuildParallel, world: int = 1) -> Degrees:
     if isinstance(parallel, BuildParallel):
         return Degrees(tensor=parallel.tensor)
     given = {axis: getattr(parallel, axis) for axis in Degrees().sizes}
-    interleaved = parallel.schedule.kind == "interleaved" and parallel.pipeline != 1
+    schedule = parallel.schedule
+    stages_per_rank = schedule.stages_per_rank if schedule.kind == "interleaved" and parallel.pipeline != 1 else 1
     known = Degrees(
         **{axis: 1 if degree == "auto" else degree for axis, degree in given.items()},
         sequence=parallel.sequence,
-        stages_per_rank=parallel.schedule.stages_per_rank if interleaved else 1,
+        stages_per_rank=stages_per_rank,
     )
     rest = max(1, world // known.world)
     return replace(known, **{axis: rest for axis, degree in given.items() if degree == "auto"})
