@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
 
+from archwright.spec import load
 from archwright.spec.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +50,11 @@ def test_every_verb_has_help(verb: str, tmp_path: Path) -> None:
 def test_python_blocks_run(code: str, tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+def test_yaml_blocks_are_legal(text: str) -> None:
+    load("preset:tiny", dict(YAML(typ="safe").load(text)))
 
 
 def test_the_first_block_is_three_lines_of_python() -> None:
