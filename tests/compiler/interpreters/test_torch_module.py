@@ -87,8 +87,8 @@ def test_equal_layers_share_one_compiled_graph() -> None:
         torch.testing.assert_close(parameter.grad, other.grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
-LOSS_PRODUCTS = 2
-"""Plain ones: the logits, and their gradient times the matrix; that of the weight is an `addmm_`."""
+LOSS_PRODUCTS = 3
+"""The logits, their gradient times the matrix, and times the input."""
 RECOMPUTES: dict[str, Recompute] = {
     "none": KeepAll(kind="none"),
     "full": FullRecompute(kind="full"),
