@@ -74,17 +74,11 @@ def build(
         artifact = Artifact(folder, _artifact_spec(opened.spec))
         export = _write(artifact, opened, progress)
         exported_s = time.perf_counter() - start
-        checks = tuple(content_checks(artifact, source=opened.weights, progress=progress))
-        report = Report(path=out, checks=checks)
+        report = Report(path=out, checks=tuple(content_checks(artifact, source=opened.weights, progress=progress)))
         if not report.ok:
-            raise ArchwrightError(
-                "VERIFY010",
-                f"the artifact is not written, since its checks failed:\n{report.as_text()}",
-                where=str(source),
-                help="this is a fault of Archwright or of the weights; `archwright build --debug` shows more",
-            )
+            raise _failed(source, report)
         measured: dict[str, Any] = {
-            "errors": dict(measurements(checks)),
+            "errors": dict(measurements(report.checks)),
             "export_s": exported_s,
             "verify_s": time.perf_counter() - start - exported_s,
         }
@@ -96,6 +90,15 @@ def build(
             measured["engine_s"] = {name: engine.seconds for name, engine in engines.items()}
         _list_files(artifact, export, details, measured)
     return report
+
+
+def _failed(source: str | Path, report: Report) -> ArchwrightError:
+    return ArchwrightError(
+        "VERIFY010",
+        f"the artifact is not written, since its checks failed:\n{report.as_text()}",
+        where=str(source),
+        help="this is a fault of Archwright or of the weights; `archwright build --debug` shows more",
+    )
 
 
 def _open_source(source: str | Path, overrides: Mapping[str, object]) -> _Source:
