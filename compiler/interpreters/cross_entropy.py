@@ -79,6 +79,8 @@ def chunk_tokens(x_TD: Tensor, num_rows: int) -> int:
 
 def _loss_and_gradient(logits_tV: Tensor, targets_t: Tensor, rows: Rows | None) -> tuple[Tensor, Tensor]:
     """The summed loss of some tokens, and its gradient in the logits' dtype."""
+    if rows is None and not logits_tV.is_cuda:
+        return _on_cpu(logits_tV, targets_t)
     reduce, gradient = _compiled() if logits_tV.is_cuda else (_reduced, _gradient)
     if rows is None:
         return gradient(logits_tV, targets_t, *reduce(logits_tV, targets_t, 0))
@@ -90,6 +92,18 @@ def _loss_and_gradient(logits_tV: Tensor, targets_t: Tensor, rows: Rows | None) 
     local_t = torch.where(targets_t < rows.first, logits_tV.shape[1], targets_t - rows.first)
     local_t = torch.where(targets_t == -100, -100, local_t)
     return gradient(logits_tV, local_t, all_t1, *pair_t2.chunk(2, dim=1))
+
+
+def _on_cpu(logits_tV: Tensor, targets_t: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the fewest passes that torch's own functions take: half the time there of what GPUs fuse."""
+    valid_t1 = (targets_t != -100)[:, None]
+    picked_t1 = targets_t.clamp(min=0)[:, None]
+    wide_tV = logits_tV.to(torch.promote_types(logits_tV.dtype, torch.float32))
+    log_probability_tV = torch.log_softmax(wide_tV, dim=-1)
+    loss_sum = -(log_probability_tV.gather(1, picked_t1) * valid_t1).sum()
+    grad_tV = log_probability_tV.exp_()
+    grad_tV.scatter_add_(1, picked_t1, grad_tV.new_full((), -1.0).expand(picked_t1.shape))
+    return loss_sum, grad_tV.mul_(valid_t1).to(logits_tV.dtype)
 
 
 def _reduced(logits_tV: Tensor, targets_t: Tensor, spread: int) -> tuple[Tensor, Tensor, Tensor]:
