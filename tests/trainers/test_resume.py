@@ -168,7 +168,7 @@ def test_a_run_may_go_on_with_another_plan(
     subprocess.run(command(spec_file, moved, more, "--resume"), check=True, stdout=subprocess.DEVNULL)
     losses = [[record["loss"] for record in read_metrics(run)] for run in (straight, moved)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-10, abs=0)
-    assert losses[1] != losses[0], "two processes add in another order"
+    assert "2 processes" in (moved / "log.txt").read_text()
 
 
 PLANS: dict[int, Overrides] = {
