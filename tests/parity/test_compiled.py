@@ -137,7 +137,7 @@ def test_a_mixed_stack_compiles_once_a_kind_and_for_every_shape_of_a_training(tm
         ids_BS = torch.arange(batch * length).reshape(batch, length) % 61
         module(ids_BS, ids_BS)[0].backward()
         if length == 32:
-            assert counters["stats"]["unique_graphs"] == 3
+            assert counters["stats"]["unique_graphs"] == len(kinds) + 1  # and the final norm
         with torch.no_grad():
             torch.testing.assert_close(module(ids_BS), plain(ids_BS), rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] > 8
