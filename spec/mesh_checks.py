@@ -125,6 +125,26 @@ def _sequence_needs_tensor(spec: Spec) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _ring_attends_causally(spec: Spec) -> Iterator[Finding]:
+    if not spec.parallel.ring:
+        return
+    if spec.parallel.context == 1:
+        yield Finding(
+            code="SPEC049", path="parallel.ring", others={"parallel.context": 1},
+            message="`parallel.ring` is true and `parallel.context` is 1",
+            label="keys and values travel between context ranks, and there is one",
+            help="use ring: false, or context: 2 or more",
+        )  # fmt: skip
+    for path, layer in layers(spec):
+        if layer.attention.mask.kind != "causal":
+            yield Finding(
+                code="SPEC049", path="parallel.ring", others={f"{path}.attention.mask.kind": layer.attention.mask.kind},
+                message=f"`parallel.ring` is true and a layer's mask is `{layer.attention.mask.kind}`",
+                label="a ring skips the blocks that a causal mask hides, and knows no other mask",
+                help="use ring: false: context ranks then gather keys and values, under every mask",
+            )  # fmt: skip
+
+
 def _tokens_are_spread_evenly(spec: Spec) -> Iterator[Finding]:
     """A context rank takes two equal pieces of a sequence; with `sequence`, tensor ranks cut what it has again."""
     known, train = _known(spec), spec.train
@@ -196,6 +216,7 @@ MESH_RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
     _supported_build,
     _one_degree_is_auto,
     _sequence_needs_tensor,
+    _ring_attends_causally,
     _tokens_are_spread_evenly,
     _pipeline_has_layers,
     _pipeline_is_filled,

@@ -118,6 +118,7 @@ def _build(plan: Plan, number: int, mesh: Mesh | None, options: Options) -> Torc
         vocab_size=plan.program.vocab_size,
         sequence=plan.degrees.sequence,
         token_dim=options.token_dim,
+        ring=plan.degrees.ring,
         groups={} if mesh is None else mesh.groups,
         ranks={} if mesh is None else mesh.ranks,
     )

@@ -187,7 +187,8 @@ class TorchProgram(nn.Module):
         elif positions_BS is None:
             positions_BS = torch.arange(length, device=x.device)[None]
         step = make_step(
-            self._tables, self._masks, self.ops.dtype, positions_BS=positions_BS, keys=keys,
+            self._tables, [mask for mask in self._masks if self.ops.reads_mask(mask, x.device)], self.ops.dtype,
+            positions_BS=positions_BS, keys=keys,
             write_index_B=write_index_B, targets_BS=targets_BS, penalized=self.training,
         )  # fmt: skip
         modules = iter(self._segments)

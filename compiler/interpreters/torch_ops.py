@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from archwright.compiler.distributed.collectives import all_gather, copy_to, gather_from, join, reduce_from, scatter_to
 from archwright.compiler.distributed.context import causal_chunks, gather_sequence
+from archwright.compiler.distributed.ring import ring_attention
 from archwright.compiler.interpreters.cross_entropy import LinearCrossEntropy, Rows
 from archwright.compiler.interpreters.torch_moe import TorchMoe
 from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
@@ -45,12 +46,14 @@ class TorchOps(TorchMoe):
     vocab_size: rows of the whole vocabulary, where ranks share them.
     sequence: whether tensor ranks share the tokens between the matrices. token_dim: along which dim of [B, S, D]; the
     pieces of whole sequences (0) are joined without a copy, and routers need pieces of each sequence (1).
+    ring: context ranks pass keys and values on instead of gathering them; masks are causal then.
     """
 
     dtype: torch.dtype
     vocab_size: int = 0
     sequence: bool = False
     token_dim: int = 1
+    ring: bool = False
     groups: Mapping[str, ProcessGroup] = field(default_factory=dict[str, ProcessGroup])
     ranks: Mapping[str, int] = field(default_factory=dict[str, int])
 
@@ -143,8 +146,11 @@ class TorchOps(TorchMoe):
     ) -> Tensor:
         if "context" in self.groups:
             group = self.groups["context"]
+            if self.ring:
+                assert mask == Causal(), "the language refuses other masks"
+                return ring_attention(q_BNSH, k_BKLH, v_BKLH, scale, group)
             k_BKLH, v_BKLH = gather_sequence(k_BKLH, group), gather_sequence(v_BKLH, group)
-            if q_BNSH.is_cuda and q_BNSH.dtype.itemsize == 2 and mask == Causal():
+            if not self.reads_mask(mask, q_BNSH.device):
                 return causal_chunks(q_BNSH, k_BKLH, v_BKLH, scale, group)
         mask_B1SL = step.masks.get(mask.key)
         return F.scaled_dot_product_attention(
@@ -156,6 +162,11 @@ class TorchOps(TorchMoe):
             scale=scale,
             enable_gqa=q_BNSH.shape[1] != k_BKLH.shape[1],
         )
+
+    def reads_mask(self, mask: Mask, device: torch.device) -> bool:
+        """Whether attention needs the mask as a tensor; without it, context ranks need no S x S values."""
+        chunks = device.type == "cuda" and self.dtype.itemsize == 2
+        return not ("context" in self.groups and mask == Causal() and (self.ring or chunks))
 
     def linear_cross_entropy(
         self, x_BSD: Tensor, weight_VD: Tensor, targets_BS: Tensor, *, gather: Boundary | None

@@ -14,8 +14,9 @@ MESH_AXES = ("pipeline", "data_replicate", "expert", "data_shard", "context", "t
 class Degrees:
     """Sizes of the mesh axes.
 
-    sequence: whether tensor ranks share the sequence between the matrices. stages_per_rank: pieces of the Program that
-    a pipeline rank holds, more than one under the interleaved schedule.
+    sequence: whether tensor ranks share the sequence between the matrices. ring: whether context ranks pass keys and
+    values on instead of gathering them. stages_per_rank: pieces of the Program that a pipeline rank holds, more than
+    one under the interleaved schedule.
     """
 
     pipeline: int = 1
@@ -25,6 +26,7 @@ class Degrees:
     context: int = 1
     tensor: int = 1
     sequence: bool = False
+    ring: bool = False
     stages_per_rank: int = 1
 
     @property

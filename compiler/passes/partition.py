@@ -34,6 +34,7 @@ def degrees_of(parallel: Parallel | BuildParallel, world: int = 1) -> Degrees:
     known = Degrees(
         **{axis: 1 if degree == "auto" else degree for axis, degree in given.items()},
         sequence=parallel.sequence,
+        ring=parallel.ring,
         stages_per_rank=stages_per_rank,
     )
     rest = max(1, world // known.world)

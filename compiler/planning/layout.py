@@ -143,8 +143,9 @@ class Layouts:
 
     def _place(self, degrees: Degrees) -> "_Placed":
         inner = Degrees(
-            tensor=degrees.tensor, context=degrees.context, expert=degrees.expert, sequence=degrees.sequence
-        )
+            tensor=degrees.tensor, context=degrees.context, expert=degrees.expert, sequence=degrees.sequence,
+            ring=degrees.ring,
+        )  # fmt: skip
         if inner not in self._placed:
             placed = partition(self._few, inner, TRAINING_TABLE)
             sites = placed.program.sites()

@@ -53,7 +53,7 @@ def inputs(spec: Spec, degrees: Degrees, kind: Kind) -> dict[str, Any]:
     values |= _flat("model", spec.model.model_dump(mode="json", exclude={"init"}))
     if kind == "inference":
         return values | _flat("build", spec.build.model_dump(mode="json", include=set(_BUILD)))
-    values["parallel.sequence"] = degrees.sequence
+    values |= {"parallel.sequence": degrees.sequence, "parallel.ring": degrees.ring}
     if degrees.pipeline > 1:
         values |= _flat("parallel.schedule", spec.parallel.schedule.model_dump(mode="json"))
     if spec.train is not None:

@@ -201,13 +201,20 @@ class TraceOps(CostOps):
         return self.record("multiply", (back, weights), result)
 
     def _gathered(self, value: Traced) -> int:
-        """Keys or values of a whole sequence, of which context ranks have pieces."""
+        """Keys or values of a whole sequence, of which context ranks have pieces.
+
+        A ring sends as much, and once more in the backward. What it hides behind attention is not taken off.
+        """
         rows = prod(value.shape[:-1])
         elements = rows * value.shape[-1]
         segment = self.segments[-1]
-        for kind, backward in (("all_gather", False), ("reduce_scatter", True)):
+        ring = self._degrees.ring
+        again = [("all_gather", True)] if ring else []
+        for kind, backward in (("all_gather", False), *again, ("reduce_scatter", True)):
             exchange = Collective(kind=kind, mesh_axis="context", elements=elements, backward=backward)  # type: ignore[arg-type]
             segment.collectives.append(exchange)
+        if ring:
+            return value.node
         segment.nodes.append(
             Node(op="exchange", path=self._paths[-1], inputs=(value.node,), elements=elements, rows=rows)
         )

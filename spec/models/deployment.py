@@ -44,6 +44,8 @@ class Parallel(Node):
     """In which order a pipeline's ranks do the micro-batches."""
     context: Degree = 1
     """Ranks that share each sequence; attention gathers the keys and values."""
+    ring: bool = False
+    """Context ranks pass keys and values around a ring instead (Liu et al. 2023): their memory does not grow."""
     expert: Degree = 1
     """Data ranks that share the experts of mixture-of-experts layers; each keeps its own sequences."""
     data_shard: Degree = "auto"

@@ -77,6 +77,10 @@ MESHES: dict[str, Mesh] = {
         processes=2, settings={"parallel.tensor": 2, "parallel.sequence": True, **SELECTIVE}
     ),
     "context 2": _mesh(2, context=2),
+    "context 2, ring": _mesh(2, context=2, ring=True),
+    "context 2, ring, selective": Mesh(
+        processes=2, settings={"parallel.context": 2, "parallel.ring": True, **SELECTIVE}
+    ),
     "expert 2": _mesh(2, expert=2),
     "pipeline 2, 1f1b": _mesh(2, pipeline=2),
     "pipeline 2, gpipe": _mesh(2, pipeline=2, schedule={"kind": "gpipe"}),
@@ -95,6 +99,8 @@ MESHES: dict[str, Mesh] = {
     "data_replicate 2, data_shard 2": _mesh(4, data_replicate=2, data_shard=2),
     "context 2, tensor 2, sequence": _mesh(4, context=2, tensor=2, sequence=True),
     "context 2, data_shard 2": _mesh(4, context=2, data_shard=2),
+    "context 4, ring": _mesh(4, context=4, ring=True),
+    "context 2, ring, tensor 2, sequence": _mesh(4, context=2, ring=True, tensor=2, sequence=True),
     "expert 2, tensor 2, sequence": _mesh(4, expert=2, tensor=2, sequence=True),
     "expert 2, data_shard 2": _mesh(4, expert=2, data_shard=2),
     "pipeline 2, expert 2": _mesh(4, pipeline=2, expert=2),
@@ -104,8 +110,8 @@ NUM_STEPS = 100
 
 
 def legal(model: str, mesh: str) -> bool:
-    """Whether the mesh can train the model: only some have experts."""
-    return "expert" not in mesh or model.startswith("moe")
+    """Whether the mesh can train the model: only some have experts, and a ring knows no windows."""
+    return ("expert" not in mesh or model.startswith("moe")) and ("ring" not in mesh or model != "untied")
 
 
 COVERING = [
@@ -116,6 +122,7 @@ COVERING = [
     ("tied", "data_shard 2, checkpointing"),
     ("untied", "tensor 2, sequence"),
     ("tied", "context 2"),
+    ("moe, untied", "context 2, ring"),
     ("moe", "expert 2"),
     ("untied", "pipeline 2, 1f1b"),
     ("moe", "pipeline 2, interleaved"),

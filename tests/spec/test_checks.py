@@ -63,6 +63,16 @@ CASES: dict[str, Case] = {
     "supported_build_expert": Case("SPEC027", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
     "one_degree_is_auto": Case("SPEC040", {"parallel.tensor": "auto"}, {"parallel.data_shard": 1}),
     "sequence_needs_tensor": Case("SPEC041", {"parallel.sequence": True}, {"parallel.sequence": False}),
+    "ring_needs_context": Case("SPEC049", {"parallel.ring": True}, {"parallel.ring": False}),
+    "ring_attends_causally": Case(
+        "SPEC049",
+        {
+            "parallel.ring": True,
+            "parallel.context": 2,
+            "model.layer.attention.mask": {"kind": "window", "size": 64},
+        },
+        {"parallel.ring": False},
+    ),
     "tokens_are_spread_evenly": Case(
         "SPEC042",
         {"parallel.context": 2, "parallel.tensor": 4, "parallel.sequence": True, "train.sequence_length": 120},

@@ -152,6 +152,9 @@ def test_context_ranks_keep_their_tokens_and_all_keys() -> None:
     values = 4 * D + 3 * N * H + 3 * F + 4 * 2 * K * H
     layer = llama(context=4).traces[1]
     assert kept(layer, NONE, compiled=True, compute_bytes=2).kept_bytes == S // 4 * (2 * values + 4 * (N + 2))
+    ring = llama(context=4, ring=True).traces[1]
+    values -= 3 * 2 * K * H
+    assert kept(ring, NONE, compiled=True, compute_bytes=2).kept_bytes == S // 4 * (2 * values + 4 * (N + 2))
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -113,3 +113,4 @@ def test_context_ranks_gather_keys_and_values() -> None:
     found = exchanged(Degrees(context=4))
     keys = 2 * 8 * 4096 * 1024 * 2
     assert found["context"] == pytest.approx(32 * 2 * 3 / 4 * keys)
+    assert exchanged(Degrees(context=4, ring=True))["context"] == pytest.approx(32 * 3 * 3 / 4 * keys)
