@@ -209,10 +209,9 @@ class TraceOps(CostOps):
         elements = rows * value.shape[-1]
         segment = self.segments[-1]
         ring = self._degrees.ring
-        again = [("all_gather", True)] if ring else []
-        for kind, backward in (("all_gather", False), *again, ("reduce_scatter", True)):
-            exchange = Collective(kind=kind, mesh_axis="context", elements=elements, backward=backward)  # type: ignore[arg-type]
-            segment.collectives.append(exchange)
+        gather = Collective(kind="all_gather", mesh_axis="context", elements=elements)
+        again = [replace(gather, backward=True)] if ring else []
+        segment.collectives += [gather, *again, replace(gather, kind="reduce_scatter", backward=True)]
         if ring:
             return value.node
         segment.nodes.append(
