@@ -9,6 +9,7 @@ from typing import Any
 
 from tests.multi.plans import MESHES, MODELS, Overrides
 
+MOST = 4
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,11 +47,11 @@ class World:
 
 
 class Worlds:
-    """Worlds by their number of processes, started when they are first needed, at most one at a time."""
+    """Worlds by their number of processes, started when they are first needed, of MOST processes together."""
 
     def __init__(self, folder: Path, device: str = "cpu") -> None:
         self._folder, self._device = folder, device
-        self._size, self._world = 0, None
+        self._worlds: dict[int, World] = {}
         self._known: dict[tuple[str, str, int], dict[str, Any]] = {}
 
     def train(self, model: str, mesh: str, steps: int, **more: object) -> dict[str, Any]:
@@ -63,14 +64,16 @@ class Worlds:
         return self._known[key]
 
     def _of(self, size: int) -> World:
-        if self._world is None or self._size != size:
-            self.close()
-            self._size, self._world = size, World(size, self._folder, self._device)
-        return self._world
+        if size not in self._worlds:
+            while self._worlds and sum(self._worlds) + size > MOST:
+                self._end(max(self._worlds))
+            self._worlds[size] = World(size, self._folder, self._device)
+        return self._worlds[size]
+
+    def _end(self, size: int) -> None:
+        self._worlds.pop(size).close()
+        (self._folder / f"rendezvous-{size}").unlink(missing_ok=True)
 
     def close(self) -> None:
-        if self._world is not None:
-            self._world.close()
-            for file in self._folder.glob("rendezvous-*"):
-                file.unlink()
-        self._world = None
+        for size in [*self._worlds]:
+            self._end(size)
