@@ -2,6 +2,8 @@
 
     manifest.json  spec.yaml  tokenizer.*  rank0/stage0.onnx  rank0/stage0.data  rank1/stage0.onnx  ...
 
+A rank has the graph of the pipeline stage that it belongs to: `rank2/stage1.onnx` in the second of two ranks each.
+
 Its spec.yaml says what was built: precision, degrees and capacity stand in its `build` section.
 """
 
@@ -16,10 +18,12 @@ from typing import Any
 from archwright.compiler.ir import Plan
 from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.targets.onnx_graph import graph_path
+from archwright.compiler.targets.stages import GraphOptions, graph_options
 from archwright.compiler.weights.folder import TOKENIZER_FILES
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.files import sha256_file
 from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
+from archwright.spec.models import MoeFfn
 
 SEAL = "seal"
 _LARGE = (".data", ".engine")
@@ -51,9 +55,28 @@ class Artifact:
         return run_passes(self.spec, degrees_of(self.spec.build.parallel))
 
     @property
+    def options(self) -> GraphOptions:
+        return graph_options(self.spec.build)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """Most that a graph of gathered experts copies of their weights for one token, in float32, of all ranks."""
+        hidden, ranks = self.spec.model.hidden_size, self.spec.build.parallel.expert
+        ffns = [run.layer.ffn for run in self.spec.model.runs]
+        sizes = [ffn.experts_per_token * ffn.hidden_size for ffn in ffns if isinstance(ffn, MoeFfn)]
+        return ranks * 3 * 4 * hidden * max(sizes, default=0)
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.plan.stages)
+
+    def stage_of_rank(self, rank: int) -> int:
+        return self.plan.coordinates(rank)["pipeline"]
+
+    @property
     def graphs(self) -> list[Path]:
         """The graph of each rank."""
-        return [graph_path(self.path, rank) for rank in range(self.plan.degrees.world)]
+        return [graph_path(self.path, rank, self.stage_of_rank(rank)) for rank in range(self.plan.degrees.world)]
 
     @property
     def tokenizer(self) -> Path | None:
