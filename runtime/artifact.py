@@ -18,12 +18,12 @@ from typing import Any
 from archwright.compiler.ir import Plan
 from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.targets.onnx_graph import graph_path
-from archwright.compiler.targets.stages import GraphOptions, graph_options
+from archwright.compiler.targets.stages import GraphOptions, gathered_values, graph_options
 from archwright.compiler.weights.folder import TOKENIZER_FILES
+from archwright.compiler.weights.streaming import PRECISIONS
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.files import sha256_file
 from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
-from archwright.spec.models import MoeFfn
 
 SEAL = "seal"
 _LARGE = (".data", ".engine")
@@ -60,11 +60,15 @@ class Artifact:
 
     @property
     def gathered_bytes(self) -> int:
-        """Most that a graph of gathered experts copies of their weights for one token, in float32, of all ranks."""
-        hidden, ranks = self.spec.model.hidden_size, self.spec.build.parallel.expert
-        ffns = [run.layer.ffn for run in self.spec.model.runs]
-        sizes = [ffn.experts_per_token * ffn.hidden_size for ffn in ffns if isinstance(ffn, MoeFfn)]
-        return ranks * 3 * 4 * hidden * max(sizes, default=0)
+        """What a call copies of experts' weights for each token, in float32, on all ranks together: each expert rank
+        has every token."""
+        return 4 * gathered_values(self.spec) * self.spec.build.parallel.expert
+
+    @property
+    def rank_gathered_bytes(self) -> int:
+        """The same on one rank, in the precision of the build."""
+        width = PRECISIONS[self.precision].itemsize
+        return width * gathered_values(self.spec) // self.spec.build.parallel.tensor
 
     @property
     def num_stages(self) -> int:

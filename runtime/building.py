@@ -177,7 +177,7 @@ def _list_files(artifact: Artifact, export: Export, details: dict[str, Any], mea
 def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) -> dict[str, EngineSummary]:
     """An engine beside each rank's graph, by its path in the artifact."""
     build = artifact.spec.build
-    profiles = default_profiles(build, artifact.capacity)
+    profiles = default_profiles(build, artifact.capacity, token_bytes=artifact.rank_gathered_bytes)
     planned = [
         planned_network(
             artifact.plan,

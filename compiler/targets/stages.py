@@ -17,7 +17,8 @@ from typing import Literal
 
 from archwright.compiler.ir import Plan, Program, State
 from archwright.compiler.ir.program import Site
-from archwright.spec.models import Build
+from archwright.spec import Spec
+from archwright.spec.models import Build, MoeFfn
 
 IDS, HIDDEN, NEXT_HIDDEN, LOGITS, LOGIT_INDEX = "input_ids", "hidden", "hidden.next", "logits", "logit_index"
 INDICES: Mapping[str, tuple[str, ...]] = {
@@ -45,6 +46,16 @@ DEFAULT_OPTIONS = GraphOptions()
 
 def graph_options(build: Build) -> GraphOptions:
     return GraphOptions(logits=build.logits, moe=build.moe.kind)
+
+
+def gathered_values(spec: Spec) -> int:
+    """Weights that graphs of gathered experts copy for each token, in the layer that copies most: three matrices of
+    every expert that the token goes through; 0 of other graphs. Ranks that cut them copy their parts."""
+    if spec.build.moe.kind != "gathered":
+        return 0
+    ffns = [run.layer.ffn for run in spec.model.runs]
+    sizes = [ffn.experts_per_token * ffn.hidden_size for ffn in ffns if isinstance(ffn, MoeFfn)]
+    return 3 * spec.model.hidden_size * max(sizes, default=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,14 +155,13 @@ def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRun
 
 def open_artifact_graphs(artifact: Artifact) -> OnnxRuntimeBackend:
     """The same without questions of device and precision: also for a folder that has only the graphs."""
-    gathered = artifact.gathered_bytes if artifact.options.moe == "gathered" else 0
     return open_graphs(
         artifact.path,
         ranks=len(artifact.graphs),
         stages=artifact.num_stages,
         precision=artifact.precision,
         max_batch=artifact.max_batch,
-        gathered_bytes=gathered,
+        gathered_bytes=artifact.gathered_bytes,
     )
 
 
