@@ -56,6 +56,7 @@ def _artifact(path: Path) -> Facts:
         "ranks": len(artifact.graphs),
         **_model_facts(artifact.spec),
         "precision": str(weights.part(first, weights.holders(first)[0]).dtype),
+        "logits": artifact.options.logits,
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),
@@ -63,7 +64,6 @@ def _artifact(path: Path) -> Facts:
         "toolchain": manifest.details.get("toolchain"),
         "measured": manifest.measured,
         "tokenizer": _tokenizer_facts(artifact.tokenizer),
-        "logits": artifact.options.logits,
         "tensors": {name: list(weights.part(name, weights.holders(name)[0]).shape) for name in weights.names()},
     }
 

@@ -153,15 +153,16 @@ def emit_graph(
         precision=precision, capacity=capacity, degrees=degrees, caches={}, moe=options.moe, ranks=ranks or {}
     )
     ops.caches = {key: Tensor(inputs[f"past.{name}"], ops) for key, name in stage.caches.items()}
-    step = Step(
-        positions_BS=Tensor(inputs["position_ids"], ops),
-        write_index_B=Tensor(inputs["write_index"], ops),
-        kv_positions_L=Tensor(inputs["kv_positions"], ops),
-        logit_index_B=Tensor(inputs[LOGIT_INDEX], ops) if LOGIT_INDEX in inputs else None,
+    given = {name: Tensor(value, ops) for name, value in inputs.items()}
+    step: Step[Any] = Step(
+        positions_BS=given.get("position_ids"),
+        write_index_B=given.get("write_index"),
+        kv_positions_L=given.get("kv_positions"),
+        logit_index_B=given.get(LOGIT_INDEX),
     )
     recording: Any = Recording(ops)
     bind = instance_of(stage.program, recording, stage.sites)
-    result = plain(stage.program.run(bind, recording.given(Tensor(inputs[stage.source], ops)), step))
+    result = plain(stage.program.run(bind, recording.given(given[stage.source]), step))
     # A node of its own, so that the last operation keeps its name.
     if stage.result == LOGITS:
         result = ops.cast(result, ir.DataType.FLOAT, name=LOGITS)

@@ -7,6 +7,7 @@ the graphs hands one stage's `hidden` to the next.
     input_ids ──▶ hidden   ──▶  hidden ──▶ hidden.next    ──▶  hidden ──▶ logits
     each of them also: position_ids, write_index, kv_positions, and past.{layer}.* ──▶ present.{layer}.* of its layers
 
+A last stage may be the head alone, where that is as much work as the layers of the others: it has none of the latter.
 A graph cannot have an input and an output of one name, so a stage between two others gives `hidden.next`.
 B batch, S sequence, L visible cache positions, D hidden, V vocabulary.
 """
@@ -26,7 +27,7 @@ INDICES: Mapping[str, tuple[str, ...]] = {
     "write_index": ("batch",),
     "kv_positions": ("positions",),
 }
-"""int64 inputs of every stage, with their sizes."""
+"""int64 inputs of every stage that has layers, with their sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +110,8 @@ class Stage:
         if not self.is_first:
             source = TensorSpec(dtype=precision, shape=(*tokens, width))
         found = {self.source: source}
-        found |= {name: TensorSpec(dtype="int64", shape=shape) for name, shape in INDICES.items()}
+        if self.caches:
+            found |= {name: TensorSpec(dtype="int64", shape=shape) for name, shape in INDICES.items()}
         if self.takes_index(options):
             found[LOGIT_INDEX] = TensorSpec(dtype="int64", shape=("batch",))
         return found | self._states("past", precision, capacity)

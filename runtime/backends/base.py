@@ -39,7 +39,8 @@ class Backend(ABC, Generic[CacheT]):
 
     def call_tokens(self, batch: int) -> int:
         """Tokens of a row that one prefill call computes."""
-        return min(PREFILL_CHUNK, max(1, CALL_BYTES // max(1, batch * self.token_bytes)))
+        most = CALL_BYTES // (batch * self.token_bytes) if self.token_bytes else PREFILL_CHUNK
+        return min(PREFILL_CHUNK, max(1, most))
 
     @abstractmethod
     def new_cache(self, batch: int, positions: int) -> CacheT:
