@@ -4,13 +4,14 @@ from pathlib import Path
 
 from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.targets import onnx_graph
+from archwright.compiler.targets.stages import graph_options
 from archwright.compiler.weights.folder import open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.spec import ArchwrightError, Spec, spec_digest
 
 
 def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weights: bool = True) -> list[Path]:
-    """Write the ONNX graphs of every rank, `rank{r}/stage0.onnx` with `rank{r}/stage0.data`, and return their paths.
+    """Write the ONNX graphs of every rank, `rank{r}/stage{s}.onnx` with its `.data`, and return their paths.
 
     source: a model folder or a run, or a spec whose `build.weights` are generated. Precision, degrees and cache length
     are those of the `build` section. Nothing is run or verified; `archwright build` does that. Needs no torch.
@@ -36,6 +37,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         Path(folder),
         precision=precision,
         capacity=spec.build.max_positions or spec.model.max_positions,
+        options=graph_options(spec.build),
         spec_digest=spec_digest(spec),
     )
     return list(export.graphs)

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from archwright.spec import Spec
-from archwright.spec.models import Ffn, Layer, LayerRun, Model, MoeFfn, Parallel
+from archwright.spec.models import BuildParallel, Ffn, Layer, LayerRun, Model, MoeFfn, Parallel
 
 MAX_HIDDEN = 512
 MAX_FFN = 1024
@@ -19,16 +19,18 @@ def reduced(spec: Spec) -> Spec:
     ≤ 1,024, ≤ 1,024 positions, and 4 experts (or as many as a token goes through) of ≤ 256.
 
     Kept are the width of a head, the query heads to each key/value head, and how key/value heads meet the tensor
-    degree of `build`: split (one to each rank is enough) or replicated (all of them are needed). Sections that
-    building does not read are left out.
+    degree of `build`: split (one to each rank is enough) or replicated (all of them are needed); experts are as many as
+    its expert degree can split, layers at least as many as its pipeline has stages. Sections that building does not
+    read are left out.
     """
-    model, degree = spec.model, spec.build.parallel.tensor
+    model, parallel = spec.model, spec.build.parallel
     kinds = Counter({run.layer: 0 for run in model.runs})
     for run in model.runs:
         kinds[run.layer] += run.repeat
-    stack = tuple(
-        LayerRun(repeat=min(LAYERS, count), layer=_small(model, layer, degree)) for layer, count in kinds.items()
-    )
+    kept = {layer: min(LAYERS, count) for layer, count in kinds.items()}
+    for layer, count in kinds.items():
+        kept[layer] += min(count - kept[layer], max(0, parallel.pipeline - sum(kept.values())))
+    stack = tuple(LayerRun(repeat=count, layer=_small(model, layer, parallel)) for layer, count in kept.items())
     small = model.model_copy(
         update={
             "layers": stack,
@@ -44,8 +46,8 @@ def reduced(spec: Spec) -> Spec:
     return Spec.model_validate(spec.model_copy(update=rest | {"model": small, "build": build}).model_dump())
 
 
-def _small(model: Model, layer: Layer, degree: int) -> Layer:
-    attention = layer.attention
+def _small(model: Model, layer: Layer, parallel: BuildParallel) -> Layer:
+    attention, degree = layer.attention, parallel.tensor
     kv_heads = attention.kv_heads or attention.heads
     few = degree if kv_heads % degree == 0 else kv_heads
     sizes = {
@@ -56,17 +58,18 @@ def _small(model: Model, layer: Layer, degree: int) -> Layer:
     return layer.model_copy(
         update={
             "attention": attention.model_copy(update=sizes),
-            "ffn": _small_ffn(layer.ffn, degree),
+            "ffn": _small_ffn(layer.ffn, degree, parallel.expert),
         }
     )
 
 
-def _small_ffn(ffn: Ffn, degree: int) -> Ffn:
+def _small_ffn(ffn: Ffn, degree: int, expert: int) -> Ffn:
     widest = MAX_FFN // degree * degree
     sizes: dict[str, object] = {"hidden_size": min(ffn.hidden_size, widest)}
     if isinstance(ffn, MoeFfn):
         sizes["hidden_size"] = min(ffn.hidden_size, MAX_EXPERT_FFN // degree * degree)
-        sizes["experts"] = min(ffn.experts, max(MAX_EXPERTS, ffn.experts_per_token))
+        few = max(MAX_EXPERTS, ffn.experts_per_token)
+        sizes["experts"] = min(ffn.experts, -(-few // expert) * expert)
         if ffn.shared is not None:
             sizes["shared"] = ffn.shared.model_copy(update={"hidden_size": min(ffn.shared.hidden_size, widest)})
     return ffn.model_copy(update=sizes)

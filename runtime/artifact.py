@@ -2,6 +2,8 @@
 
     manifest.json  spec.yaml  tokenizer.*  rank0/stage0.onnx  rank0/stage0.data  rank1/stage0.onnx  ...
 
+A rank has the graph of the pipeline stage that it belongs to: `rank2/stage1.onnx` in the second of two ranks each.
+
 Its spec.yaml says what was built: precision, degrees and capacity stand in its `build` section.
 """
 
@@ -16,7 +18,9 @@ from typing import Any
 from archwright.compiler.ir import Plan
 from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.targets.onnx_graph import graph_path
+from archwright.compiler.targets.stages import GraphOptions, gathered_values, graph_options
 from archwright.compiler.weights.folder import TOKENIZER_FILES
+from archwright.compiler.weights.streaming import PRECISIONS
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.files import sha256_file
 from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
@@ -51,9 +55,32 @@ class Artifact:
         return run_passes(self.spec, degrees_of(self.spec.build.parallel))
 
     @property
+    def options(self) -> GraphOptions:
+        return graph_options(self.spec.build)
+
+    @property
+    def gathered_bytes(self) -> int:
+        """What a call copies of experts' weights for each token, in float32, on all ranks together: each expert rank
+        has every token."""
+        return 4 * gathered_values(self.spec) * self.spec.build.parallel.expert
+
+    @property
+    def rank_gathered_bytes(self) -> int:
+        """The same on one rank, in the precision of the build."""
+        width = PRECISIONS[self.precision].itemsize
+        return width * gathered_values(self.spec) // self.spec.build.parallel.tensor
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.plan.stages)
+
+    def stage_of_rank(self, rank: int) -> int:
+        return self.plan.coordinates(rank)["pipeline"]
+
+    @property
     def graphs(self) -> list[Path]:
         """The graph of each rank."""
-        return [graph_path(self.path, rank) for rank in range(self.plan.degrees.world)]
+        return [graph_path(self.path, rank, self.stage_of_rank(rank)) for rank in range(self.plan.degrees.world)]
 
     @property
     def tokenizer(self) -> Path | None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from archwright.compiler.ir import Program
-from archwright.compiler.passes import lower
+from archwright.compiler.ir import Degrees, Program
+from archwright.compiler.passes import degrees_of, lower, run_passes
 from archwright.compiler.passes.origin import origin
 from archwright.compiler.reduced import reduced
+from archwright.compiler.targets.stages import DEFAULT_OPTIONS, graph_options
 from archwright.compiler.tolerances import TOLERANCES, Target, largest_error
 from archwright.compiler.weights.folder import open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
@@ -169,7 +170,7 @@ def _bisect_artifact(path: Path, progress: Progress) -> Bisection:
     with computable(whole) as artifact:
         comparer = _Comparer(path, artifact.spec, artifact.plan.program, RankWeights(artifact), "onnxruntime")
         try:
-            return comparer.compare(OnnxRun(artifact, comparer.names))
+            return comparer.compare(OnnxRun(artifact, comparer.stages))
         except ArchwrightError:
             raise
         except Exception as error:  # an edited graph can trip whatever reads or runs it
@@ -210,8 +211,13 @@ class _Comparer:
         self._program = program
         self._weights = weights
         self._tolerance = TOLERANCES[target, "float32"]
-        self._degree = spec.build.parallel.tensor if target == "onnxruntime" else 1
-        self.names = operation_names(spec, degree=self._degree)
+        sharded = target == "onnxruntime"
+        plan = run_passes(spec, degrees_of(spec.build.parallel) if sharded else Degrees())
+        self._degree = plan.degrees.tensor
+        self.stages = operation_names(plan, spec, graph_options(spec.build) if sharded else DEFAULT_OPTIONS)
+        self.names = (*(name for stage in self.stages for name in stage), LOGITS)
+        first = [plan.stage_ranks(stage)[0] for stage, own in enumerate(self.stages) for _ in own]
+        self._first_ranks = (*first, 0)
         self._num_compared = 0
         self._largest = (0.0, "")
         self._agreed: str | None = None
@@ -243,13 +249,15 @@ class _Comparer:
 
     def _first(self, call: str, expected: list[Array], found: Sequence[Sequence[Array | None]]) -> Difference | None:
         assert len(expected) == len(found) == len(self.names), "all interpreters run the same operations"
-        for name, whole, parts in zip(self.names, expected, found, strict=True):
-            for rank, part in enumerate(parts):
-                mine = whole if part is None else rank_part(whole, part.shape, rank, self._degree)
+        for name, first, whole, parts in zip(self.names, self._first_ranks, expected, found, strict=True):
+            for index, part in enumerate(parts):
+                tensor_rank = index % self._degree
+                mine = whole if part is None else rank_part(whole, part.shape, tensor_rank, self._degree)
                 error = float("inf") if part is None else largest_error(part, mine)
                 self._num_compared += 1
                 if error > self._tolerance:
-                    return self._difference(name, call, rank if len(parts) > 1 else None, mine, part, error)
+                    rank = first + index if len(parts) > 1 else None
+                    return self._difference(name, call, rank, mine, part, error)
                 self._largest = max(self._largest, (error, f"{name} ({call})"))
             self._agreed = name
         return None

@@ -162,6 +162,7 @@ def _write(artifact: Artifact, opened: _Source, progress: Progress) -> Export:
         artifact.path,
         precision=artifact.precision,
         capacity=artifact.capacity,
+        options=artifact.options,
         spec_digest=spec_digest(artifact.spec),
     )
 
@@ -176,12 +177,22 @@ def _list_files(artifact: Artifact, export: Export, details: dict[str, Any], mea
 def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) -> dict[str, EngineSummary]:
     """An engine beside each rank's graph, by its path in the artifact."""
     build = artifact.spec.build
-    profiles = default_profiles(build, artifact.capacity)
-    planned = planned_network(artifact.plan, precision=artifact.precision, capacity=artifact.capacity)
+    profiles = default_profiles(build, artifact.capacity, token_bytes=artifact.rank_gathered_bytes)
+    planned = [
+        planned_network(
+            artifact.plan,
+            precision=artifact.precision,
+            capacity=artifact.capacity,
+            stage=stage,
+            options=artifact.options,
+        )
+        for stage in range(artifact.num_stages)
+    ]
     engines: dict[str, EngineSummary] = {}
-    for number, graph in enumerate(artifact.graphs, 1):
-        progress(f"building engine {number} of {len(artifact.graphs)} with {tensorrt_title(library)}")
-        engine = build_engine(graph, profiles, build.engine, planned, library=library)
+    for rank, graph in enumerate(artifact.graphs):
+        progress(f"building engine {rank + 1} of {len(artifact.graphs)} with {tensorrt_title(library)}")
+        stage = artifact.stage_of_rank(rank)
+        engine = build_engine(graph, profiles, build.engine, planned[stage], library=library)
         engines[engine.path.relative_to(artifact.path).as_posix()] = engine
     return engines
 

@@ -30,7 +30,9 @@ def _as_text(facts: dict[str, Any]) -> str:
     plain = {name: value for name, value in facts.items() if name not in ("tensors", "files")}
     lines = list(_lines(plain, ""))
     if "tensors" in facts:
-        lines += ["", "tensors" + (" (of rank 0)" if facts["kind"] == "artifact" else "")]
+        stages = (facts.get("degrees") or {}).get("pipeline", 1)
+        whose = f" (of rank 0{' and the first rank of each further stage' if stages > 1 else ''})"
+        lines += ["", "tensors" + (whose if facts["kind"] == "artifact" else "")]
         lines += list(_tensors(facts["tensors"]))
     width = max(map(len, facts["files"]), default=0)
     lines += ["", f"files, {_size(sum(facts['files'].values()))}"]

@@ -55,7 +55,8 @@ def _artifact(path: Path) -> Facts:
         "name": artifact.spec.name,
         "ranks": len(artifact.graphs),
         **_model_facts(artifact.spec),
-        "precision": str(weights.part(first, 0).dtype),
+        "precision": str(weights.part(first, weights.holders(first)[0]).dtype),
+        "logits": artifact.options.logits,
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),
@@ -63,7 +64,7 @@ def _artifact(path: Path) -> Facts:
         "toolchain": manifest.details.get("toolchain"),
         "measured": manifest.measured,
         "tokenizer": _tokenizer_facts(artifact.tokenizer),
-        "tensors": {name: list(weights.part(name, 0).shape) for name in weights.names()},
+        "tensors": {name: list(weights.part(name, weights.holders(name)[0]).shape) for name in weights.names()},
     }
 
 

@@ -1,6 +1,6 @@
 """The weights that lie in an artifact: each rank's part, and the whole tensors that the parts make up."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from archwright.compiler.ir import Param
-from archwright.compiler.targets.onnx_graph import emit_graph
+from archwright.compiler.targets.onnx_graph import emit_stage
+from archwright.compiler.targets.rank_data import Placed
+from archwright.compiler.targets.stages import stages_of
 from archwright.compiler.weights.streaming import PRECISIONS, Weights
 from archwright.runtime.artifact import Artifact
 from archwright.spec import ArchwrightError
@@ -56,28 +58,18 @@ class RankWeights:
     def __init__(self, artifact: Artifact) -> None:
         plan = artifact.plan
         self.params = plan.program.params()
-        self.ranks = plan.degrees.world
-        local = plan.local.params()
-        emitted = emit_graph(
-            plan.local,
-            precision=artifact.precision,
-            capacity=artifact.capacity,
-            degrees={"tensor": plan.degrees.tensor},
-        )
-        stored = {p.external.source: p for p in emitted.layout if isinstance(p.external.source, str)}
+        self.coordinates = [plan.coordinates(rank) for rank in range(plan.degrees.world)]
         self._places: list[dict[str, _Place]] = []
-        for graph in artifact.graphs:
-            tensors = {t.name: t for t in onnx.load(graph, load_external_data=False).graph.initializer}
-            places: dict[str, _Place] = {}
-            for name, placed in stored.items():
-                assert isinstance(name, str)
-                if placed.name not in tensors:
-                    raise _wrong(graph, f"has no initializer `{placed.name}`")
-                order = placed.external.order or tuple(range(len(local[name].shape)))
-                places[name] = _place(graph, tensors[placed.name], local[name].shape, order)
-                if places[name].shape != placed.shape or places[name].dtype != PRECISIONS[artifact.precision]:
-                    raise _wrong(graph, f"`{placed.name}` is {places[name].dtype} {list(places[name].shape)}")
-            self._places.append(places)
+        for stage in stages_of(plan):
+            (emitted, *_) = emit_stage(
+                plan, stage, precision=artifact.precision, capacity=artifact.capacity, options=artifact.options
+            )
+            ranks = plan.stage_ranks(stage.number)
+            self._places += [_places(artifact, artifact.graphs[rank], emitted.layout) for rank in ranks]
+
+    def holders(self, name: str) -> list[int]:
+        """The ranks that store a parameter or a part of it: those of the stages that read it."""
+        return [rank for rank, places in enumerate(self._places) if name in places]
 
     def names(self) -> Iterable[str]:
         return self.params
@@ -86,10 +78,10 @@ class RankWeights:
         return self.params[name].shape
 
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Array:
-        """The whole tensor, put together from the ranks (of equal parts, rank 0's), or a part of it."""
-        param = self.params[name]
-        whole = np.empty(param.shape, self._places[0][name].dtype)
-        for rank in reversed(range(self.ranks)):
+        """The whole tensor, put together from the ranks (of equal parts, the first rank's), or a part of it."""
+        param, ranks = self.params[name], self.holders(name)
+        whole = np.empty(param.shape, self._places[ranks[0]][name].dtype)
+        for rank in reversed(ranks):
             whole[self.slices(param, rank)] = self.part(name, rank)
         return whole if slices is None else whole[slices]
 
@@ -99,11 +91,27 @@ class RankWeights:
         view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
         return np.asarray(view).transpose(np.argsort(place.order))
 
-    @staticmethod
-    def slices(param: Param, rank: int) -> tuple[slice, ...]:
+    def slices(self, param: Param, rank: int) -> tuple[slice, ...]:
         """Where a rank's part lies in the whole tensor."""
-        split = param.split
-        return tuple(slice(None) for _ in param.shape) if split is None else split.slices(param.shape, rank)
+        return param.slices(self.coordinates[rank])
+
+
+def _places(artifact: Artifact, graph: Path, layout: Sequence[Placed]) -> dict[str, _Place]:
+    """Canonical name → where its part lies beside a rank's graph, which must have the layout that its stage has."""
+    tensors = {t.name: t for t in onnx.load(graph, load_external_data=False).graph.initializer}
+    local = artifact.plan.local.params()
+    places: dict[str, _Place] = {}
+    for placed in layout:
+        name = placed.external.source
+        if not isinstance(name, str):
+            continue
+        if placed.name not in tensors:
+            raise _wrong(graph, f"has no initializer `{placed.name}`")
+        order = placed.external.order or tuple(range(len(local[name].shape)))
+        places[name] = _place(graph, tensors[placed.name], local[name].shape, order)
+        if places[name].shape != placed.shape or places[name].dtype != PRECISIONS[artifact.precision]:
+            raise _wrong(graph, f"`{placed.name}` is {places[name].dtype} {list(places[name].shape)}")
+    return places
 
 
 def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tuple[int, ...]) -> _Place:
@@ -132,10 +140,9 @@ def _wrong(graph: Path, message: str) -> ArchwrightError:
 def differing_ranks(weights: RankWeights, *, sample: Sample) -> Iterator[str]:
     """A sentence for each parameter of which two ranks should have the same part, and do not."""
     for name, param in weights.params.items():
-        owners: dict[int, int] = {}
-        for rank in range(weights.ranks):
-            piece = 0 if param.split is None else param.split.piece(rank)
-            first = owners.setdefault(piece, rank)
+        owners: dict[tuple[int, ...], int] = {}
+        for rank in weights.holders(name):
+            first = owners.setdefault(param.pieces(weights.coordinates[rank]), rank)
             if first != rank and not _equal(weights.part(name, first), weights.part(name, rank).__getitem__, sample):
                 yield f"rank{rank}: its part of `{name}` differs from rank{first}'s, of which it is a copy"
 
@@ -143,7 +150,7 @@ def differing_ranks(weights: RankWeights, *, sample: Sample) -> Iterator[str]:
 def differing_source(weights: RankWeights, source: Weights, *, sample: Sample) -> Iterator[str]:
     """A sentence for each part that is not the source's, rounded once to the artifact's precision."""
     for name, param in weights.params.items():
-        for rank in range(weights.ranks):
+        for rank in weights.holders(name):
             own, *inner = weights.slices(param, rank)
             first, _, _ = own.indices(param.shape[0])
 
@@ -157,7 +164,7 @@ def differing_source(weights: RankWeights, source: Weights, *, sample: Sample) -
 def not_finite(weights: RankWeights, *, sample: Sample) -> Iterator[str]:
     """A sentence for each part that holds an infinity or a NaN."""
     for name in weights.params:
-        for rank in range(weights.ranks):
+        for rank in weights.holders(name):
             part = weights.part(name, rank)
             slabs = (part[rows][..., columns] for rows in _slabs(part, sample) for columns in _windows(part, sample))
             if not all(np.isfinite(slab).all() for slab in slabs):

@@ -7,7 +7,7 @@ B batch, S sequence, L visible cache positions.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,16 +17,21 @@ from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.numpy_ops import NumpyOps, make_cache
 from archwright.compiler.interpreters.recording import Recording, plain
-from archwright.compiler.ir import Degrees, Program, Split, Step
+from archwright.compiler.ir import Plan, Program, Split, Step
 from archwright.compiler.ir.program import instance_of
-from archwright.compiler.passes import run_passes
 from archwright.compiler.targets.merge import merge_ranks
-from archwright.compiler.targets.onnx_graph import emit_graph
+from archwright.compiler.targets.onnx_graph import emit_stage
 from archwright.compiler.targets.retype import as_float32
+from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, GraphOptions, stages_of
 from archwright.compiler.weights.streaming import Weights
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import AnyBackend
-from archwright.runtime.backends.onnxruntime_backend import bucketed, load_onnxruntime, open_graphs, open_session
+from archwright.runtime.backends.onnxruntime_backend import (
+    bucketed,
+    load_onnxruntime,
+    open_artifact_graphs,
+    open_session,
+)
 from archwright.spec import Spec
 
 Array = NDArray[Any]
@@ -40,7 +45,8 @@ CUT = "oracle/"
 class Call:
     """S more tokens in each of B rows, as in `Backend.forward`.
 
-    new_cache: positions of an empty cache to begin with; 0 goes on with the last call's.
+    new_cache: positions of an empty cache to begin with; 0 goes on with the last call's. index_B: which token of each
+    row the logits are of; None: of all.
     """
 
     name: str
@@ -49,13 +55,14 @@ class Call:
     write_index_B: Array
     visible: int
     new_cache: int = field(default=0, kw_only=True)
+    index_B: Array | None = field(default=None, kw_only=True)
 
 
-def operation_names(spec: Spec, *, degree: int) -> tuple[str, ...]:
-    """The name of every operation of a spec's Program, in order: those of the nodes that the exporter would write."""
-    plan = run_passes(spec, Degrees(tensor=degree))
-    graph = emit_graph(plan.local, precision=spec.build.precision, capacity=1, degrees={"tensor": degree})
-    return (*graph.operations, LOGITS)
+def operation_names(plan: Plan, spec: Spec, options: GraphOptions) -> list[tuple[str, ...]]:
+    """Of each stage the name of every operation, in order: those of the nodes that the exporter would write."""
+    precision = spec.build.precision
+    graphs = (emit_stage(plan, stage, precision=precision, capacity=1, options=options) for stage in stages_of(plan))
+    return [each[0].operations for each in graphs]
 
 
 class OracleRun:
@@ -71,7 +78,10 @@ class OracleRun:
         if call.new_cache:
             self._cache = make_cache(self._program, batch=len(call.ids_BS), positions=call.new_cache)
         step = Step(
-            positions_BS=call.positions_BS, write_index_B=call.write_index_B, kv_positions_L=np.arange(call.visible)
+            positions_BS=call.positions_BS,
+            write_index_B=call.write_index_B,
+            kv_positions_L=np.arange(call.visible),
+            logit_index_B=call.index_B,
         )
         recording: Any = Recording(NumpyOps(self._arrays, self._cache))
         logits = plain(self._program.run(instance_of(self._program, recording), call.ids_BS, step))
@@ -89,7 +99,7 @@ class Recorder(ABC):
         self._backend_cache: Any = None
 
     def adapted(self, call: Call) -> Call:
-        """The call as this target makes it: it may hand itself more cache rows than are visible."""
+        """The call as this target makes it: with more cache rows than are visible, for the logits of fewer tokens."""
         return call
 
     def run(self, call: Call, expected: Sequence[Array]) -> list[Sequence[Array | None]]:
@@ -99,9 +109,11 @@ class Recorder(ABC):
         """
         if call.new_cache:
             self._backend_cache = self.backend.new_cache(len(call.ids_BS), call.new_cache)
-        logits = self.backend.forward(
-            self._backend_cache, call.ids_BS, call.positions_BS, call.write_index_B, call.visible
-        )
+        given = (self._backend_cache, call.ids_BS, call.positions_BS, call.write_index_B, call.visible)
+        if call.index_B is None:
+            logits = self.backend.forward(*given)
+        else:
+            logits = self.backend.forward_last(*given, call.index_B)[:, None]
         return [*self.operations(call, expected[:-1]), (logits,)]
 
     @abstractmethod
@@ -146,45 +158,78 @@ class TorchRun(Recorder):
 
 
 class OnnxRun(Recorder):
-    """The joined rank graphs of an artifact, every operation's value among their outputs, and cut behind each: what
-    reads it reads a graph input instead.
+    """The joined rank graphs of each stage of an artifact, every operation's value among their outputs, and cut behind
+    each: what reads it reads a graph input instead.
     """
 
-    def __init__(self, artifact: Artifact, names: Sequence[str]) -> None:
-        self._ranks = len(artifact.graphs)
-        super().__init__(
-            open_graphs(artifact.path, ranks=self._ranks, precision=artifact.precision, max_batch=artifact.max_batch)
+    def __init__(self, artifact: Artifact, names: Sequence[Sequence[str]]) -> None:
+        """names: of each stage, see `operation_names`."""
+        super().__init__(open_artifact_graphs(artifact))
+        self._stages = [_StageRun(artifact, stage, own) for stage, own in enumerate(names)]
+        self._asks_one = artifact.options.logits == "last"
+
+    def adapted(self, call: Call) -> Call:
+        capacity, (batch, length) = self.backend.capacity, call.ids_BS.shape
+        # Another token in each row, so that rows are told apart.
+        index_B = (length - 1 - np.arange(batch)) % length if self._asks_one else None
+        return replace(
+            call,
+            visible=bucketed(call.visible, capacity),
+            new_cache=bucketed(call.new_cache, capacity),
+            index_B=index_B,
         )
-        model = as_float32(merge_ranks(artifact.path))
-        made = {name for node in model.graph.node for name in node.output}
-        self._values = [_on_ranks(name, made, self._ranks) for name in names if name != LOGITS]
+
+    def operations(self, call: Call, expected: Sequence[Array]) -> Iterator[Sequence[Array | None]]:
+        start = 0
+        for stage in self._stages:
+            stop = start + stage.num_operations
+            yield from stage.operations(call, expected[start:stop], expected[start - 1] if start else None)
+            start = stop
+
+
+class _StageRun:
+    """One stage of `OnnxRun`."""
+
+    def __init__(self, artifact: Artifact, stage: int, names: Sequence[str]) -> None:
+        self._tensor = artifact.plan.degrees.tensor
+        self.num_operations = len(names)
+        ranks = artifact.plan.stage_ranks(stage)
+        model = as_float32(merge_ranks(artifact.path, stage=stage, ranks=ranks))
+        made = {name: node.op_type for node in model.graph.node for name in node.output}
+        self._values = [_on_ranks(name, made, ranks) for name in names]
         self._shapes = _cut(model.graph, {name for each in self._values for name in each if name is not None})
         options = load_onnxruntime().SessionOptions()
         options.log_severity_level = 3  # a run without bound outputs copies the caches, and says so each time
         folder = str(artifact.path.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)
         self._session = open_session(model.SerializeToString(), options, artifact.path)
+        self._inputs = {item.name: item.shape for item in self._session.get_inputs()}
         self._caches: dict[str, Array] = {}
 
-    def adapted(self, call: Call) -> Call:
-        capacity = self.backend.capacity
-        return replace(call, visible=bucketed(call.visible, capacity), new_cache=bucketed(call.new_cache, capacity))
-
-    def operations(self, call: Call, expected: Sequence[Array]) -> Iterator[Sequence[Array | None]]:
+    def operations(
+        self, call: Call, expected: Sequence[Array], hidden: Array | None
+    ) -> Iterator[Sequence[Array | None]]:
+        """hidden: what the oracle's stage before gave."""
         if call.new_cache:
-            shapes = {item.name: item.shape[1:] for item in self._session.get_inputs() if "past." in item.name}
+            shapes = {name: shape[1:] for name, shape in self._inputs.items() if "past." in name}
             self._caches = {name: np.zeros([len(call.ids_BS), *rest], np.float32) for name, rest in shapes.items()}
-        integers = {
-            "input_ids": call.ids_BS,
+        given = {
+            IDS: call.ids_BS,
             "position_ids": call.positions_BS,
             "write_index": call.write_index_B,
             "kv_positions": np.arange(call.visible),
+            LOGIT_INDEX: call.index_B,
+            HIDDEN: hidden,
         }
-        feeds = {name: np.ascontiguousarray(array, np.int64) for name, array in integers.items()} | self._caches
+        feeds = {
+            name: np.ascontiguousarray(_as_fed(np.asarray(value)))
+            for name, value in given.items()
+            if name in self._inputs
+        } | self._caches
         for names, whole in zip(self._values, expected, strict=True):
-            for rank, name in enumerate(names):
+            for index, name in enumerate(names):
                 if name is not None:
-                    part = rank_part(whole, self._shapes[name], rank, self._ranks)
+                    part = rank_part(whole, self._shapes[name], index % self._tensor, self._tensor)
                     feeds[CUT + name] = np.ascontiguousarray(_as_fed(part))
         presents = {name: name.replace("past.", "present.") for name in self._caches}
         outputs = [*self._shapes, *presents.values()]
@@ -198,11 +243,21 @@ def _as_fed(value: Array) -> Array:
     return value.astype(np.int64 if np.issubdtype(value.dtype, np.integer) else np.float32)
 
 
-def _on_ranks(name: str, made: set[str], ranks: int) -> tuple[str | None, ...]:
-    """The joined graph's names of a value: one where a collective gave it to all ranks, None where it is missing."""
+def _on_ranks(name: str, made: Mapping[str, str], ranks: Sequence[int]) -> tuple[str | None, ...]:
+    """The joined graph's names of a value: one where a collective gave it to all ranks, None where it is missing.
+
+    made: name → operator. Of a group's sum the first rank has the name, which stands for those behind it.
+    """
     if name in made:
         return (name,)
-    return tuple(each if (each := f"rank{rank}/{name}") in made else None for rank in range(ranks))
+    found: list[str | None] = []
+    for rank in ranks:
+        each: str | None = f"rank{rank}/{name}"
+        if each not in made:
+            before = found[-1] if found else None
+            each = before if before is not None and made[before] == "Sum" else None
+        found.append(each)
+    return tuple(found)
 
 
 def _cut(graph: onnx.GraphProto, names: Set[str]) -> dict[str, Sequence[int | None]]:

@@ -23,7 +23,7 @@ from archwright.compiler.targets.merge import load_ranks, merge_ranks
 from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
-from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_graphs
+from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_artifact_graphs
 from archwright.runtime.numerics import Comparison, compare
 from archwright.runtime.rank_weights import RankWeights, Sample, differing_ranks, differing_source, not_finite
 from archwright.spec import ArchwrightError, Spec, load, spec_digest
@@ -183,6 +183,8 @@ def describe(spec: Spec) -> dict[str, Any]:
         "target": spec.build.target,
         "precision": spec.build.precision,
         "degrees": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert},
+        "logits": spec.build.logits,
+        "moe": spec.build.moe.kind,
         "capacity": spec.build.max_positions or spec.model.max_positions,
         "max_batch": spec.build.max_batch,
         "num_parameters": lower(spec).num_params(),
@@ -199,9 +201,12 @@ def _checker(artifact: Artifact) -> Iterator[str]:
 
 
 def _linter(artifact: Artifact) -> Iterator[str]:
-    for graph, model in zip(artifact.graphs, load_ranks(artifact.path), strict=True):
-        yield from (f"{graph.parent.name}/{graph.name}: {problem}" for problem in lint(model, graph.parent))
-    merge_ranks(artifact.path)  # raises where the ranks' collectives do not match
+    for stage in range(artifact.num_stages):
+        ranks = artifact.plan.stage_ranks(stage)
+        for rank, model in zip(ranks, load_ranks(artifact.path, stage, ranks), strict=True):
+            folder = artifact.graphs[rank].parent
+            yield from (f"{folder.name}/stage{stage}.onnx: {problem}" for problem in lint(model, folder))
+        merge_ranks(artifact.path, stage=stage, ranks=ranks)  # raises where the ranks' collectives do not match
 
 
 def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
@@ -217,9 +222,7 @@ def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
 
 def _numbers(artifact: Artifact) -> Iterator[Comparison]:
     with computable(artifact) as small:
-        ranks = len(small.graphs)
-        backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
-        yield from compare(backend, lower(small.spec), RankWeights(small))
+        yield from compare(open_artifact_graphs(small), lower(small.spec), RankWeights(small))
 
 
 @contextmanager
@@ -231,7 +234,14 @@ def computable(artifact: Artifact) -> Iterator[Artifact]:
     with tempfile.TemporaryDirectory(prefix="archwright-reduced-") as name:
         small = Artifact(Path(name), reduced(artifact.spec))
         weights = GeneratedWeights(params=small.plan.program.params(), seed=0)
-        export_graphs(small.plan, weights, small.path, precision=small.precision, capacity=small.capacity)
+        export_graphs(
+            small.plan,
+            weights,
+            small.path,
+            precision=small.precision,
+            capacity=small.capacity,
+            options=small.options,
+        )
         yield small
 
 

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from archwright.spec.findings import Finding, divisors, layers, nearest, nearest_multiple
 from archwright.spec.models import Layer, Spec
 
-BUILD_DEGREES = (1, 2, 4, 8)
-"""Tensor degrees that this version builds graphs for."""
 AXES = ("tensor", "pipeline", "context", "expert", "data_shard", "data_replicate")
 
 
@@ -19,14 +17,6 @@ def _tensor_degrees(spec: Spec) -> Iterator[tuple[str, int]]:
     if isinstance(spec.parallel.tensor, int):
         yield "parallel.tensor", spec.parallel.tensor
     yield "build.parallel.tensor", spec.build.parallel.tensor
-
-
-def _nearest_degree(size: int, degree: int, path: str) -> int:
-    """That divides `size`; of those that graphs are built for where `path` is of `build`."""
-    legal = divisors(size)
-    if path.startswith("build."):
-        legal = [candidate for candidate in BUILD_DEGREES if candidate in legal]
-    return nearest(degree, legal)
 
 
 def _layers_and_degrees(spec: Spec) -> Iterator[tuple[str, Layer, str, int]]:
@@ -43,7 +33,7 @@ def _tensor_splits_heads(spec: Spec) -> Iterator[Finding]:
                 code="SPEC021", path=f"{path}.attention.heads", others={degree_path: degree},
                 message=f"`heads` ({heads}) is not divisible by `{degree_path}` ({degree})",
                 label=f"{heads} query heads cannot be split over {degree} ranks",
-                help=f"use tensor: {_nearest_degree(heads, degree, degree_path)}, "
+                help=f"use tensor: {nearest(degree, divisors(heads))}, "
                 f"or set heads to a multiple of {degree}",
             )  # fmt: skip
 
@@ -56,7 +46,7 @@ def _tensor_splits_kv_heads(spec: Spec) -> Iterator[Finding]:
                 code="SPEC022", path=f"{path}.attention.kv_heads", others={degree_path: degree},
                 message=f"`kv_heads` ({kv_heads}) and `{degree_path}` ({degree}): neither divides the other",
                 label=f"{kv_heads} key/value heads can be neither split over {degree} ranks nor copied to them",
-                help=f"use tensor: {_nearest_degree(kv_heads, degree, degree_path)}, "
+                help=f"use tensor: {nearest(degree, divisors(kv_heads))}, "
                 f"or a kv_heads that {degree} divides",
             )  # fmt: skip
 
@@ -70,7 +60,7 @@ def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
                 message=f"`ffn.hidden_size` ({width}) is not divisible by `{degree_path}` ({degree})",
                 label=f"{width} inner channels cannot be split over {degree} ranks",
                 help=f"use hidden_size: {nearest_multiple(width, degree)}, "
-                f"or tensor: {_nearest_degree(width, degree, degree_path)}",
+                f"or tensor: {nearest(degree, divisors(width))}",
             )  # fmt: skip
 
 
@@ -85,24 +75,6 @@ def _micro_batches_divide_batch(spec: Spec) -> Iterator[Finding]:
             help=f"use batch_size: {nearest_multiple(size, pieces)}, "
             f"or micro_batches: {nearest(pieces, divisors(size))}",
         )  # fmt: skip
-
-
-def _supported_build(spec: Spec) -> Iterator[Finding]:
-    build = spec.build.parallel
-    if build.tensor not in BUILD_DEGREES:
-        yield Finding(
-            code="SPEC026", path="build.parallel.tensor",
-            message=f"`build.parallel.tensor` ({build.tensor}) is not supported",
-            label=f"this version builds for tensor degrees {', '.join(map(str, BUILD_DEGREES))}",
-            help=f"use tensor: {nearest(build.tensor, BUILD_DEGREES)}",
-        )  # fmt: skip
-    for axis, degree in (("pipeline", build.pipeline), ("expert", build.expert)):
-        if degree != 1:
-            yield Finding(
-                code="SPEC027", path=f"build.parallel.{axis}",
-                message=f"`build.parallel.{axis}` ({degree}) is not supported",
-                label="of the mesh axes, this version builds for `tensor` only", help=f"use {axis}: 1",
-            )  # fmt: skip
 
 
 def _one_degree_is_auto(spec: Spec) -> Iterator[Finding]:
@@ -172,6 +144,13 @@ def _pipeline_has_layers(spec: Spec) -> Iterator[Finding]:
             message=f"`parallel.pipeline`: {what} for {limit} layers",
             label="a stage holds a layer at least", help=f"use pipeline: {max(1, limit // each)}",
         )  # fmt: skip
+    stages = spec.build.parallel.pipeline
+    if stages > max(1, limit):
+        yield Finding(
+            code="SPEC043", path="build.parallel.pipeline", others={"model.layers": limit},
+            message=f"`build.parallel.pipeline`: {stages} stages for {limit} layers",
+            label="a stage holds a layer at least", help=f"use pipeline: {limit}",
+        )  # fmt: skip
 
 
 def _pipeline_is_filled(spec: Spec) -> Iterator[Finding]:
@@ -213,7 +192,6 @@ MESH_RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
     _tensor_splits_heads,
     _tensor_splits_kv_heads,
     _tensor_splits_ffn,
-    _supported_build,
     _one_degree_is_auto,
     _sequence_needs_tensor,
     _ring_attends_causally,

@@ -22,27 +22,33 @@ def _experts_per_token_exist(spec: Spec) -> Iterator[Finding]:
             )  # fmt: skip
 
 
+def _expert_degrees(spec: Spec) -> dict[str, int | str]:
+    return {"parallel.expert": spec.parallel.expert, "build.parallel.expert": spec.build.parallel.expert}
+
+
 def _expert_needs_moe(spec: Spec) -> Iterator[Finding]:
-    degree = spec.parallel.expert
-    if degree != 1 and not any(_moe_layers(spec)):
-        yield Finding(
-            code="SPEC047", path="parallel.expert",
-            message=f"`parallel.expert` is {degree}, and no layer has experts",
-            label="it spreads the experts of `ffn: {kind: moe}` over ranks",
-            help="use expert: 1; data_shard spreads everything else",
-        )  # fmt: skip
+    for degree_path, degree in _expert_degrees(spec).items():
+        if degree != 1 and not any(_moe_layers(spec)):
+            other = "tensor" if degree_path.startswith("build.") else "data_shard"
+            yield Finding(
+                code="SPEC047", path=degree_path,
+                message=f"`{degree_path}` is {degree}, and no layer has experts",
+                label="it spreads the experts of `ffn: {kind: moe}` over ranks",
+                help=f"use expert: 1; {other} spreads everything else",
+            )  # fmt: skip
 
 
 def _expert_splits_experts(spec: Spec) -> Iterator[Finding]:
-    degree = spec.parallel.expert
     for path, ffn in _moe_layers(spec):
-        if isinstance(degree, int) and ffn.experts % degree:
-            yield Finding(
-                code="SPEC048", path=f"{path}.experts", others={"parallel.expert": degree},
-                message=f"`experts` ({ffn.experts}) is not divisible by `parallel.expert` ({degree})",
-                label=f"{ffn.experts} experts cannot be spread evenly over {degree} ranks",
-                help=f"use expert: {nearest(degree, divisors(ffn.experts))}, or set experts to a multiple of {degree}",
-            )  # fmt: skip
+        for degree_path, degree in _expert_degrees(spec).items():
+            if isinstance(degree, int) and ffn.experts % degree:
+                yield Finding(
+                    code="SPEC048", path=f"{path}.experts", others={degree_path: degree},
+                    message=f"`experts` ({ffn.experts}) is not divisible by `{degree_path}` ({degree})",
+                    label=f"{ffn.experts} experts cannot be spread evenly over {degree} ranks",
+                    help=f"use expert: {nearest(degree, divisors(ffn.experts))}, "
+                    f"or set experts to a multiple of {degree}",
+                )  # fmt: skip
 
 
 def _tensor_splits_shared(spec: Spec) -> Iterator[Finding]:

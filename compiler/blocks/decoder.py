@@ -58,7 +58,7 @@ class Head(Block):
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelHead(Block):
-    """Final norm, then the output matrix.
+    """Final norm, then the output matrix; of one token a row where the step says of which.
 
     penalty_B: what the routers of all layers add to the loss of each sequence. It is weighed by the sequence's targets:
     the mean loss over all targets grows by its mean over them, however the sequences are spread.
@@ -68,6 +68,8 @@ class LanguageModelHead(Block):
     lm_head: Head = child("lm_head")
 
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T, step: Step[T], penalty_B: T | None = None) -> Any:
+        if step.logit_index_B is not None:
+            x_BSD = ops.take_token(x_BSD, step.logit_index_B)
         output = m.lm_head(m.norm(x_BSD), step)
         if penalty_B is None or step.targets_BS is None:
             return output

@@ -15,7 +15,8 @@ class Experts(Block):
     """Σ over a token's experts e of weight · down_e(silu(gate_e(x)) · up_e(x)).
 
     gate_proj, up_proj [E, F, D], down_proj [E, D, F].
-    Written by `partition`: dispatch, the mesh axis over which the experts are spread; reduce, over which F is cut.
+    Written by `partition`: dispatch, the mesh axis over which the experts are spread and to which tokens travel;
+    reduce, over which F is cut, and over which the experts are spread where its ranks all have the same tokens.
     Under the latter the ranks compute parts of what both x and the weights lead to, so both enter, and the indices
     with them: where tokens are spread, all three are gathered.
     """

@@ -51,20 +51,24 @@ class MoeCosts(ABC):
         for matrices, dims in ((gate_EFD, (0, 1, 2)), (up_EFD, (0, 1, 2)), (down_EDF, (0, 2, 1))):
             if {dims[split.dim]: split.mesh_axis for split in matrices.splits} != cuts or 2 in cuts:
                 raise Disagreement("IR009", "the experts' matrices are cut differently")
-        inner = cuts.get(1)
-        if (reduce and reduce.mesh_axis) != inner or dispatch != cuts.get(0):
+        parts = cuts if dispatch is None else {dim: axis for dim, axis in cuts.items() if dim != 0}
+        summed = tuple(parts[dim] for dim in sorted(parts))
+        if (reduce.axes if reduce else ()) != summed or (dispatch is not None and dispatch != cuts.get(0)):
             raise Disagreement(
                 "IR009",
-                f"experts spread over {cuts.get(0)} and cut over {inner} have dispatch {dispatch}, reduce {reduce}",
+                f"experts spread over {cuts.get(0)} and cut over {cuts.get(1)} have dispatch {dispatch}, "
+                f"reduce {reduce}",
             )
         for value in (x_BSD, weights_BSX, indices_BSX):
-            if value.entered != inner or value.sharded or value.spread:
+            if value.entered != (reduce and reduce.group) or value.sharded or value.spread:
                 raise Disagreement("IR009", f"a value {place(value)} that entered {value.entered} meets such experts")
         chosen = Shaped(shape=(prod(indices_BSX.shape), x_BSD.shape[-1]))
         if dispatch is not None:  # to the experts and back, as if they were evenly used
             self._exchange("experts", chosen, dispatch, "all_to_all", "all_to_all")
             self._exchange("experts", chosen, dispatch, "all_to_all", "all_to_all")
-        self._count("experts", 3 * 2 * prod(chosen.shape) * gate_EFD.shape[1])
+        # Of experts that are summed a rank has its share of the choices, as if they were evenly used.
+        shares = [split.degree for split in gate_EFD.splits if split.dim == 0 and dispatch is None]
+        self._count("experts", 3 * 2 * prod(chosen.shape) * gate_EFD.shape[1] // prod(shares))
         y_BSD = Shaped(shape=x_BSD.shape)
         return y_BSD if reduce is None else self._reduce("experts", y_BSD, reduce)
 

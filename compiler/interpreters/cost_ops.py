@@ -80,7 +80,7 @@ class CostOps(MoeCosts):
         return Shaped(shape=param.shape, splits=splits, partial=param.partial)
 
     def enter(self, x: Shaped, boundary: Boundary) -> Shaped:
-        axis, tokens = boundary.mesh_axis, boundary.tokens
+        axis, tokens = boundary.group, boundary.tokens
         if x.spread != (axis if tokens else None) or x.sharded is not None:
             raise Disagreement("IR009", f"a value {place(x)} enters `{boundary}`")
         forward, backward = ("all_gather", "reduce_scatter") if tokens else (None, "all_reduce")
@@ -113,7 +113,7 @@ class CostOps(MoeCosts):
         return y if gather is None else self._gather(y, gather)
 
     def _reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped:
-        axis, tokens = boundary.mesh_axis, boundary.tokens
+        axis, tokens = boundary.group, boundary.tokens
         self._exchange(op, y, axis, *(("reduce_scatter", "all_gather") if tokens else ("all_reduce", None)))
         return replace(y, spread=axis if tokens else None)
 
@@ -213,6 +213,14 @@ class CostOps(MoeCosts):
         self._count("attention", per_pair * queries * keys, causal=causal)
         return q_BNSH
 
+    def take_token(self, x_BSD: Shaped, index_B: Shaped) -> Shaped:
+        batch, _, width = x_BSD.shape
+        if index_B.shape != (batch,):
+            raise Disagreement("IR008", f"{list(x_BSD.shape)} meets indices {list(index_B.shape)} of rows")
+        if x_BSD.sharded or x_BSD.spread:
+            raise Disagreement("IR009", f"one token is taken of a value {place(x_BSD)}")
+        return replace(x_BSD.plain(), shape=(batch, 1, width))
+
     def linear_cross_entropy(
         self, x_BSD: Shaped, weight_VD: Shaped, targets_BS: Shaped, *, gather: Boundary | None
     ) -> tuple[Shaped, Shaped]:
@@ -289,11 +297,13 @@ def run_cost(
     sequence: int,
     visible: int | None = None,
     targets: bool = False,
+    last: bool = False,
     splits: Mapping[str, tuple[Split, ...]] | None = None,
 ) -> ProgramCost:
     """Run a Program (or a pipeline stage) over shapes: `sequence` new tokens in each of `batch` rows.
 
-    visible: with a cache, the positions that attention reads. targets: end in the loss. splits: see `CostOps`.
+    visible: with a cache, the positions that attention reads. targets: end in the loss. last: the logits of one token a
+    row alone. splits: see `CostOps`.
     FLOPs are those of the matrix products, 2 · m · n · k each; a backward takes twice as many again.
     Raises ArchwrightError IR006, IR008 or IR009 where a block is not consistent.
     """
@@ -304,6 +314,7 @@ def run_cost(
         write_index_B=None if visible is None else Shaped(shape=(batch,)),
         kv_positions_L=None if visible is None else Shaped(shape=(visible,)),
         targets_BS=tokens_BS if targets else None,
+        logit_index_B=Shaped(shape=(batch,)) if last else None,
     )
     sites = program.sites()
 

@@ -95,6 +95,9 @@ class NumpyOps:
         weight_BNSL = np.exp(score_BNSL - score_BNSL.max(axis=-1, keepdims=True))
         return weight_BNSL / weight_BNSL.sum(axis=-1, keepdims=True) @ v_BNLH
 
+    def take_token(self, x_BSD: Array, index_B: Array) -> Array:
+        return x_BSD[np.arange(len(index_B)), index_B][:, None]
+
     def top_k(self, x_BSE: Array, number: int) -> Array:
         return np.argsort(-x_BSE, axis=-1, kind="stable")[..., :number]
 

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import ml_dtypes
@@ -84,7 +85,9 @@ class OnnxOps(OnnxMoe):
 
     precision: of weights, activations and caches. The rotation and the sums inside RMSNorm are float32 in every
     precision: at position 8,000 a bfloat16 angle has lost its phase.
-    capacity: rows of the caches and of the rotary tables. degrees: mesh axis → ranks.
+    capacity: rows of the caches and of the rotary tables. moe: dense or gathered, see `OnnxMoe`.
+    degrees: axis of a stage's mesh (expert, tensor) → ranks; ranks: → where this rank stands, of axes whose ranks have
+    different graphs.
     caches: (path, state) → graph input; `updated` receives the graph output that belongs to it.
     """
 
@@ -92,6 +95,8 @@ class OnnxOps(OnnxMoe):
     capacity: int
     degrees: Mapping[str, int]
     caches: Mapping[tuple[str, str], Tensor]
+    moe: str = "dense"
+    ranks: Mapping[str, int] = field(default_factory=dict[str, int])
     nodes: list[ir.Node] = field(default_factory=list[ir.Node])
     constants: dict[str, ir.Value] = field(default_factory=dict[str, ir.Value])
     externals: dict[str, External] = field(default_factory=dict[str, External])
@@ -211,9 +216,25 @@ class OnnxOps(OnnxMoe):
         return y if bias is None else self.emit("Add", [y, self._stored(bias)], name="linear/bias")
 
     def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
-        return self._all_reduce(y, self.degrees[boundary.mesh_axis])
+        """The sum over the ranks that compute parts.
 
-    def _all_reduce(self, x: Tensor, degree: int) -> Tensor:
+        Where these are not all ranks of the stage, `groups` names those of this rank's own group, by their numbers in
+        the stage's communicator: TensorRT takes one list of ranks that take part, and `group_size` is its length.
+        """
+        group = self._members(boundary.axes)
+        whole = len(group) == prod(self.degrees.values())
+        return self._all_reduce(y, len(group), {} if whole else {"groups": group, "group_size": len(group)})
+
+    def _members(self, axes: tuple[str, ...]) -> list[int]:
+        """The ranks that share this rank's place on every other axis; the tensor axis is innermost."""
+        members = [0]
+        for axis in ("expert", "tensor"):
+            degree = self.degrees.get(axis, 1)
+            places = range(degree) if axis in axes else [self.ranks[axis] if degree > 1 else 0]
+            members = [member * degree + place for member in members for place in places]
+        return members
+
+    def _all_reduce(self, x: Tensor, degree: int, groups: Mapping[str, Any]) -> Tensor:
         return self.emit(
             "DistCollective",
             [x],
@@ -223,6 +244,7 @@ class OnnxOps(OnnxMoe):
             reduce_op="sum",
             root=-1,  # the parser's default, 0, is refused for collectives without a root
             nb_rank=degree,
+            **groups,
         )
 
     def embed(self, ids_BS: Tensor, weight_VD: Weight, *, reduce: Boundary | None) -> Tensor:
@@ -239,6 +261,12 @@ class OnnxOps(OnnxMoe):
     def layer_norm(self, x_BSD: Tensor, weight_D: Weight, bias_D: Weight | None, eps: float) -> Tensor:
         inputs = [x_BSD, self._stored(weight_D), *([] if bias_D is None else [self._stored(bias_D)])]
         return self.emit("LayerNormalization", inputs, name="layer_norm", axis=-1, epsilon=eps, stash_type=1)
+
+    def take_token(self, x_BSD: Tensor, index_B: Tensor) -> Tensor:
+        batch, _, width = x_BSD.shape
+        axes = self._integers(1, 2)
+        index_B11 = self.emit("Unsqueeze", [index_B, axes], name="take_token/index", shape=(batch, 1, 1))
+        return self.emit("GatherND", [x_BSD, index_B11], name="take_token", shape=(batch, 1, width), batch_dims=1)
 
     def silu(self, x: Tensor) -> Tensor:
         return self.emit("Mul", [x, self.emit("Sigmoid", [x], name="silu/sigmoid")], name="silu")

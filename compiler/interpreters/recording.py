@@ -53,6 +53,10 @@ class Recording:
 
         return run
 
+    def given(self, value: Any) -> Recorded:
+        """A value that no operation made: what a pipeline stage is handed."""
+        return Recorded(value, self)
+
     def note(self, value: Any) -> Recorded:
         self.results.append(value)
         value = value if self._instead is None else self._instead[len(self.results) - 1]

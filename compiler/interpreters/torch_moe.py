@@ -48,6 +48,7 @@ class TorchMoe:
         dispatch: str | None,
         reduce: Boundary | None,
     ) -> Tensor:
+        assert reduce is None or reduce.axes == ("tensor",), "experts of ranks with the same tokens are for graphs"
         gate_EFD, up_EFD, down_EDF = (each.to(x_BSD.dtype) for each in (gate_EFD, up_EFD, down_EDF))
 
         def swiglu(x_ND: Tensor, ends_E: Tensor) -> Tensor:

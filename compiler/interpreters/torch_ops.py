@@ -65,7 +65,7 @@ class TorchOps(TorchMoe):
 
     def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
         """Add up the ranks' parts; with `tokens` each goes on with its piece."""
-        group = self.groups[boundary.mesh_axis]
+        group = self.groups[boundary.group]
         return scatter_to(y, group, self.token_dim) if boundary.tokens else reduce_from(y, group)
 
     def param(self, value: Tensor, param: Param) -> Tensor:
@@ -113,6 +113,9 @@ class TorchOps(TorchMoe):
         wide = _at_least_float32(x_BSD.dtype)
         bias_D = None if bias_D is None else bias_D.to(wide)
         return F.layer_norm(x_BSD.to(wide), weight_D.shape, weight_D.to(wide), bias_D, eps).to(x_BSD.dtype)
+
+    def take_token(self, x_BSD: Tensor, index_B: Tensor) -> Tensor:
+        return x_BSD[torch.arange(len(index_B), device=x_BSD.device), index_B][:, None]
 
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)

@@ -25,6 +25,8 @@ class Boundary:
 
     tokens: outside, each rank holds a piece of the sequence only (sequence parallelism, Korthikanti et al. 2022):
     entering gathers the pieces and reducing leaves each rank its own, where otherwise nothing and the whole sum are.
+    outer: a second mesh axis that is joined to the first: the ranks of both compute parts, and one sum runs over all.
+    The experts of a deployment are such parts, cut over `tensor` inside and spread over `expert`.
 
             outside              inside                  outside
             every rank: all  ──▶  parts of channels  ──▶  every rank: the sum          tokens=False
@@ -33,9 +35,20 @@ class Boundary:
 
     mesh_axis: str
     tokens: bool = False
+    outer: str | None = None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes whose ranks compute parts, outermost first."""
+        return (self.mesh_axis,) if self.outer is None else (self.outer, self.mesh_axis)
+
+    @property
+    def group(self) -> str:
+        """A name for these ranks: that of the axis, or `expert+tensor`."""
+        return "+".join(self.axes)
 
     def __str__(self) -> str:
-        return f"{self.mesh_axis} tokens" if self.tokens else self.mesh_axis
+        return f"{self.group} tokens" if self.tokens else self.group
 
 
 def child(path: str) -> Any:

@@ -24,6 +24,7 @@ class Step(Generic[T]):
     may be visible; both None without a cache.
     targets_BS: with targets the Program returns (loss_sum, num_tokens) instead of logits; -100 does not count.
     penalized: whether routers add their penalties to that loss, as they do in training.
+    logit_index_B: which of the S tokens of each row the logits are wanted of; None: of all.
     """
 
     positions_BS: T
@@ -31,6 +32,7 @@ class Step(Generic[T]):
     kv_positions_L: T | None = None
     targets_BS: T | None = None
     penalized: bool = True
+    logit_index_B: T | None = None
 
 
 class Scope(Protocol[T_co]):
@@ -84,6 +86,10 @@ class Ops(Protocol[T]):
         """softmax(scale · q kᵀ + mask) v, each key/value head serving N / K query heads."""
         ...
 
+    def take_token(self, x_BSD: T, index_B: T) -> T:
+        """[B, 1, D]: of each row the token at its index, counted from 0 among the S tokens of the call."""
+        ...
+
     def top_k(self, x_BSE: T, number: int) -> T:
         """Indices [B, S, X] of the `number` largest values along the last dim, the largest first."""
         ...
@@ -107,7 +113,8 @@ class Ops(Protocol[T]):
         """Σ over a token's experts e of weight · down_e(silu(gate_e(x)) · up_e(x)); no token is dropped.
 
         dispatch: the mesh axis over which the experts are spread: tokens travel to them and back. reduce: over which
-        their inner widths are cut.
+        their inner widths are cut; also over which they are spread, where all its ranks have the same tokens: each
+        computes its own experts, numbered by its coordinate, for all tokens.
         """
         ...
 

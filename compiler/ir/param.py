@@ -1,11 +1,13 @@
 """Parameters: what a block learns, with logical axes instead of places."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert", "router"]
-"""`expert`: the dim that stacks experts. `router`: the rows of a router, one an expert, which every rank needs."""
+Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert", "router", "tokens"]
+"""`expert`: the dim that stacks experts. `router`: the rows of a router, one an expert, which every rank needs.
+`tokens` is no parameter's: a sharding table has it where the ranks of an axis have tokens of their own."""
 TABLE_AXES: tuple[Axis, ...] = ("vocab", "positions")
 """Of tables that are looked up by row. Their pieces may be filled up with rows that nobody reads."""
 
@@ -86,6 +88,18 @@ class Param:
     def split(self) -> Split | None:
         """How the tensor axis cuts it: the only cut that inference knows."""
         return next((split for split in self.splits if split.mesh_axis == "tensor"), None)
+
+    def slices(self, ranks: Mapping[str, int]) -> tuple[slice, ...]:
+        """Where a rank's part lies in the full tensor. ranks: mesh axis → the rank's coordinate on it."""
+        result = [slice(None)] * len(self.shape)
+        for split in self.splits:
+            own = split.slices(self.shape, ranks[split.mesh_axis])
+            result = [kept if part == slice(None) else part for kept, part in zip(result, own, strict=True)]
+        return tuple(result)
+
+    def pieces(self, ranks: Mapping[str, int]) -> tuple[int, ...]:
+        """The number of a rank's piece in each split: ranks with equal numbers hold the same part."""
+        return tuple(split.piece(ranks[split.mesh_axis]) for split in self.splits)
 
     @property
     def size(self) -> int:

@@ -75,3 +75,20 @@ class Plan:
         """The segments of a stage, of global sizes."""
         start, stop = self.stages[number]
         return replace(self.program, segments=self.program.segments[start:stop])
+
+    def local_stage(self, number: int) -> Program:
+        """The same of local sizes: what a rank of the stage computes."""
+        start, stop = self.stages[number]
+        return replace(self.local, segments=self.local.segments[start:stop])
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Mesh axis → where the rank stands on it; ranks are counted along the innermost axis first."""
+        result: dict[str, int] = {}
+        for axis, degree in reversed(self.degrees.sizes.items()):
+            rank, result[axis] = divmod(rank, degree)
+        return result
+
+    def stage_ranks(self, number: int) -> range:
+        """The ranks that compute a stage together, where each pipeline rank has one stage."""
+        size = self.degrees.world // self.degrees.pipeline
+        return range(number * size, (number + 1) * size)

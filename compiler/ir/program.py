@@ -1,6 +1,6 @@
 """Programs: a list of segments that together map token ids to logits or to a loss."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -99,9 +99,15 @@ class Program:
         return {path: state for path, block in self.blocks() if (state := block.state())}
 
 
-def instance_of(program: Program, ops: Ops[Any]) -> Callable[[Segment], Callable[..., Any]]:
-    """The `bind` of the interpreters that need no module objects (NumPy, ONNX, cost)."""
+def instance_of(
+    program: Program, ops: Ops[Any], sites: Mapping[str, Site] | None = None
+) -> Callable[[Segment], Callable[..., Any]]:
+    """The `bind` of the interpreters that need no module objects (NumPy, ONNX, cost).
+
+    sites: of the whole Program where `program` is a stage of it, whose parameters keep their canonical names: alone,
+    a head that is tied to the embedding of another stage would own its matrix.
+    """
     from archwright.compiler.ir.scope import Instance
 
-    sites = program.sites()
-    return lambda segment: Instance(segment.block, segment.path, ops, sites)
+    named = program.sites() if sites is None else sites
+    return lambda segment: Instance(segment.block, segment.path, ops, named)

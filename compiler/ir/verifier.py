@@ -15,7 +15,8 @@ _BATCH, _SEQUENCE, _VISIBLE = 3, 7, 11
 
 
 def verify_program(program: Program, *, splits: Mapping[str, tuple[Split, ...]] | None = None) -> None:
-    """Check a Program: what can be read off it, then a run over shapes (whole sequence, with targets, with a cache).
+    """Check a Program: what can be read off it, then runs over shapes: whole sequences, with targets, with a cache, and
+    with a cache the logits of one token a row.
 
     splits: canonical name → how the parameter is cut, where the Program's own sizes are local (see `verify_plan`).
     Raises ArchwrightError, located at the block: IR002 a parameter whose shape, axes and grain disagree; IR003 a split
@@ -86,6 +87,8 @@ def _check_run(program: Program, splits: Mapping[str, tuple[Split, ...]] | None)
         run_cost(program, batch=_BATCH, sequence=_SEQUENCE, targets=True, splits=splits),
         run_cost(program, batch=_BATCH, sequence=_SEQUENCE, visible=_VISIBLE, splits=splits),
     ]
+    if program.spread is None:  # pieces of a sequence are a training's, which has no use for single logits
+        runs.append(run_cost(program, batch=_BATCH, sequence=_SEQUENCE, visible=_VISIBLE, last=True, splits=splits))
     reads = {read for run in runs for read in run.reads}
     for path, block in program.blocks():
         for name in (*block.params(), *block.children()):

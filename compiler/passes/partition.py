@@ -13,12 +13,15 @@ from archwright.spec.models import BuildParallel, Parallel
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 
-INFERENCE_TABLE: Mapping[Axis, str] = MappingProxyType({"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor"})
-"""Logical axis → mesh axis. Axes that are not named are replicated."""
-TRAINING_TABLE: Mapping[Axis, str] = MappingProxyType(
-    {**INFERENCE_TABLE, "vocab": "tensor", "positions": "tensor", "expert": "expert"}
+INFERENCE_TABLE: Mapping[Axis, str] = MappingProxyType(
+    {"heads": "tensor", "kv_heads": "tensor", "ffn": "tensor", "expert": "expert"}
 )
-"""The same for training: its ranks also share the tables and the loss over the vocabulary, and the experts."""
+"""Logical axis → mesh axis. Axes that are not named are replicated: all ranks of a stage have the same tokens."""
+TRAINING_TABLE: Mapping[Axis, str] = MappingProxyType(
+    {**INFERENCE_TABLE, "vocab": "tensor", "positions": "tensor", "tokens": "expert"}
+)
+"""The same for training: its ranks also share the tables and the loss over the vocabulary, and those that share the
+experts have tokens of their own, as all data ranks do."""
 
 
 def degrees_of(parallel: Parallel | BuildParallel, world: int = 1) -> Degrees:
@@ -27,7 +30,7 @@ def degrees_of(parallel: Parallel | BuildParallel, world: int = 1) -> Degrees:
     Where the other degrees do not divide `world`, the result's `world` is another number.
     """
     if isinstance(parallel, BuildParallel):
-        return Degrees(tensor=parallel.tensor)
+        return Degrees(pipeline=parallel.pipeline, expert=parallel.expert, tensor=parallel.tensor)
     given = {axis: getattr(parallel, axis) for axis in Degrees().sizes}
     schedule = parallel.schedule
     stages_per_rank = schedule.stages_per_rank if schedule.kind == "interleaved" and parallel.pipeline != 1 else 1
@@ -46,14 +49,16 @@ def partition(program: Program, degrees: Degrees, table: Mapping[Axis, str] = IN
 
     A matrix whose output axis is sharded leaves its output sharded; one that contracts over a sharded axis gets
     `reduce`, and so does a table whose rows are cut; a block whose matrices turn a replicated input into sharded
-    outputs gets `enter`. Experts that are spread over an axis get `dispatch`. With `degrees.sequence` what lies between
+    outputs gets `enter`. Experts that are spread over an axis whose ranks have tokens of their own get `dispatch`;
+    where these have the same tokens, the experts' outputs are parts that `reduce` adds up, together with those of an
+    axis that cuts their widths. With `degrees.sequence` what lies between
     is spread over the tensor ranks token by token, and the parameters that are read there are `partial`.
     Raises ArchwrightError IR001 where an axis cannot be cut.
     """
 
     def place(block: Block) -> Block:
         return _annotate(
-            _map_params(block, lambda param: replace(param, splits=_splits(param, degrees, table))), degrees
+            _map_params(block, lambda param: replace(param, splits=_splits(param, degrees, table))), degrees, table
         )
 
     annotated = _map_program(program, place)
@@ -85,7 +90,7 @@ def _split(param: Param, dim: int, mesh_axis: str, degree: int) -> Split:
     )
 
 
-def _annotate(block: Block, degrees: Degrees) -> Block:
+def _annotate(block: Block, degrees: Degrees, table: Mapping[Axis, str]) -> Block:
     tokens = degrees.sequence and degrees.tensor > 1
     if isinstance(block, RMSNorm | LayerNorm):
         return _map_params(block, _read_in_pieces) if tokens else block
@@ -105,15 +110,24 @@ def _annotate(block: Block, degrees: Degrees) -> Block:
             return replace(block, reduce=boundary)
         return replace(block, enter=boundary, gather=replace(boundary, tokens=False))
     if isinstance(block, Experts):
-        cuts = {split.dim: split.mesh_axis for split in block.gate_proj.splits}
-        boundary = Boundary(mesh_axis=cuts[1], tokens=tokens) if 1 in cuts else None
-        return replace(block, enter=boundary, reduce=boundary, dispatch=cuts.get(0))
+        return _annotate_experts(block, tokens, table.get("tokens"))
     if isinstance(block, MixtureOfExperts):
         return replace(block, spread="tensor" if tokens else None)
     splits = [sub.weight.split for sub in block.children().values() if isinstance(sub, Linear)]
     axes = {split.mesh_axis for split in splits if split and split.dim == 0}
     assert len(axes) <= 1, "one block's outputs lie on one mesh axis"
     return replace(block, enter=Boundary(mesh_axis=axes.pop(), tokens=tokens) if axes else None)
+
+
+def _annotate_experts(block: Experts, tokens: bool, token_axis: str | None) -> Experts:
+    """token_axis: the mesh axis whose ranks have tokens of their own."""
+    cuts = {split.dim: split.mesh_axis for split in block.gate_proj.splits}
+    dispatch = cuts.pop(0) if 0 in cuts and cuts[0] == token_axis else None
+    axes = [cuts[dim] for dim in sorted(cuts, reverse=True)]
+    if not axes:
+        return replace(block, dispatch=dispatch)
+    boundary = Boundary(mesh_axis=axes[0], tokens=tokens, outer=axes[1] if len(axes) > 1 else None)
+    return replace(block, enter=boundary, reduce=boundary, dispatch=dispatch)
 
 
 def _read_in_pieces(param: Param) -> Param:

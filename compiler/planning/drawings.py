@@ -52,7 +52,7 @@ def mesh_drawing(report: PlanReport) -> str:
     left, gap = 110.0, 4.0
     node = report.cluster.gpu.node_size if report.cluster else len(report.memory)
     cell = min(18.0, (_WIDTH - left - shown * gap) / (shown * tensor))
-    context = degrees.get("context", 1)
+    context, outer = degrees.get("context", 1), "data and context" if report.training else "expert"
     content: list[str] = []
     for row in range(rows):
         y = 10 + row * (cell + 8)
@@ -62,7 +62,7 @@ def mesh_drawing(report: PlanReport) -> str:
             shade = "#2f6db5" if group // context % 2 == 0 else "#4f86c4"
             for column in range(tensor):
                 rank = (row * groups + group) * tensor + column
-                tip = f"rank {rank}, pipeline {row}, data and context {group}, tensor {column}, node {rank // node}"
+                tip = f"rank {rank}, pipeline {row}, {outer} {group}, tensor {column}, node {rank // node}"
                 content.append(_box(x + column * cell, y, cell - 1, cell, shade, tip))
     height = 10 + rows * (cell + 8)
     more = f"; {shown} of {groups} groups drawn" if shown < groups else ""
@@ -73,7 +73,7 @@ def mesh_drawing(report: PlanReport) -> str:
 
 def memory_drawing(report: PlanReport) -> str:
     """A stacked bar for each pipeline rank, and the capacity of a GPU."""
-    kinds = report.training.memory if report.training else report.memory[:1]
+    kinds = report.kinds
     capacity = report.cluster.capacity_bytes if report.cluster else 0
     full = max([capacity, *(total_bytes(each) for each in kinds)])
     left, height = 110.0, 20.0

@@ -307,12 +307,16 @@ def _loss_bytes(layout: Layout, tokens: int, compute: int) -> int:
     return chunks + tokens * columns * compute + rows * columns * (wide + copy)
 
 
-def inference_memory(plan: Plan, build: Build, constants: Constants | None = None) -> InferenceMemory:
-    """Local weights in the precision of the build, and a cache of max_batch rows of max_positions tokens."""
-    rows = build.max_batch * cache_positions(plan.program, build)
+def inference_memory(
+    plan: Plan, build: Build, constants: Constants | None = None, *, stage: int = 0
+) -> InferenceMemory:
+    """Of a rank of a pipeline stage: its weights in the precision of the build (of a matrix that embedding and head
+    share, the first and the last stage each have a copy), and a cache of max_batch rows of max_positions tokens for its
+    layers."""
+    rows, program = build.max_batch * cache_positions(plan.program, build), plan.local_stage(stage)
     return InferenceMemory(
-        weights_bytes=plan.local.num_params() * BYTES[build.precision],
-        kv_cache_bytes=rows * kv_bytes_per_token(plan.local, build.precision),
+        weights_bytes=program.num_params() * BYTES[build.precision],
+        kv_cache_bytes=rows * kv_bytes_per_token(program, build.precision),
         context_bytes=round(constants["context_bytes"]) if constants else 0,
         nccl_bytes=round(constants["nccl_bytes"]) if constants and plan.degrees.world > 1 else 0,
     )

@@ -100,7 +100,7 @@ def _numbers(report: PlanReport) -> str:
 
 
 def _memory_table(report: PlanReport) -> str:
-    kinds = report.training.memory if report.training else report.memory[:1]
+    kinds = report.kinds
     names = dict.fromkeys(field for each in kinds for field, size in parts(each).items() if size)
     moments = [getattr(each, "moment", "") for each in kinds]
     rows: list[tuple[str, ...]] = []

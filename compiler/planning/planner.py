@@ -83,16 +83,24 @@ def _plan_inference(spec: Spec, placed: Plan, cluster: Cluster | None) -> PlanRe
     found = estimate_inference(placed, build, cluster)
     positions = cache_positions(placed.program, build)
     return PlanReport(
-        name=spec.name, kind="inference", degrees={"tensor": world},
+        name=spec.name, kind="inference", degrees=_build_degrees(placed.degrees),
         replicas=cluster.count // world if cluster else 1,
-        num_params=placed.program.num_params(), num_params_per_rank=placed.local.num_params(),
+        num_params=placed.program.num_params(),
+        num_params_per_rank=max(placed.local_stage(stage).num_params() for stage in range(len(placed.stages))),
         flops=_flops(placed.program, positions), kv_precision=build.precision,
-        kv_bytes_per_token=kv_bytes_per_token(placed.program, build.precision), memory=(found.memory,) * world,
+        kv_bytes_per_token=kv_bytes_per_token(placed.program, build.precision), 
+        memory=tuple(found.memory[placed.coordinates(rank)["pipeline"]] for rank in range(world)),
         cluster=cluster, step=f"one token for {build.max_batch} rows at position {positions}",
         tokens_per_step=build.max_batch, training=None, inference=found,
-        fits=None if cluster is None else total_bytes(found.memory) <= cluster.capacity_bytes,
+        fits=None if cluster is None else max(map(total_bytes, found.memory)) <= cluster.capacity_bytes,
         change=None, notes=(), precision=build.precision,
     )  # fmt: skip
+
+
+def _build_degrees(degrees: Degrees) -> dict[str, int]:
+    """Of a deployment, outermost first: `tensor`, and the others where there are several ranks."""
+    sizes = {axis: degrees.sizes[axis] for axis in ("pipeline", "expert", "tensor")}
+    return {axis: degree for axis, degree in sizes.items() if degree > 1 or axis == "tensor"}
 
 
 def _check_mesh(spec: Spec, degrees: Degrees, cluster: Cluster) -> None:
@@ -101,7 +109,7 @@ def _check_mesh(spec: Spec, degrees: Degrees, cluster: Cluster) -> None:
         if count % world:
             raise ArchwrightError(
                 "PLAN002",
-                f"{count} GPUs are no multiple of build.parallel.tensor ({world})",
+                f"{count} GPUs are no multiple of the {world} ranks of build.parallel",
                 where="--gpus",
                 help=f"use --gpus {_next_multiple(count, world)}x{cluster.name}",
             )

@@ -76,6 +76,13 @@ class PlanReport:
     def world(self) -> int:
         return len(self.memory)
 
+    @property
+    def kinds(self) -> tuple[TrainingMemory | InferenceMemory, ...]:
+        """The memory of a rank of each pipeline position: all ranks of one are alike."""
+        if self.training is not None:
+            return self.training.memory
+        return self.memory[:1] if self.inference is None else self.inference.memory
+
     def mfu(self, flops_per_token: int) -> float | None:
         """Model FLOPs utilization of the expected step (Chowdhery et al. 2022)."""
         if self.cluster is None or self.step_s is None or self.training is None:
@@ -116,7 +123,7 @@ class PlanReport:
         listed = [
             {
                 "rank": rank,
-                "pipeline": estimate.position(rank) if estimate else 0,
+                "pipeline": estimate.position(rank) if estimate else rank * len(self.kinds) // self.world,
                 **parts(memory),
                 "total_bytes": total_bytes(memory),
             }
@@ -177,6 +184,8 @@ class PlanReport:
 
     def _pipeline_json(self) -> dict[str, object] | None:
         estimate = self.training
+        if self.inference is not None:
+            return self.inference.pipeline_json()
         if estimate is None or estimate.degrees.pipeline == 1:
             return None
         time = estimate.time

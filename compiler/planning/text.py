@@ -1,5 +1,6 @@
 """A plan for people: sentences, and bars where numbers are compared."""
 
+from archwright.compiler.planning.inference import Inference
 from archwright.compiler.planning.memory import TrainingMemory, parts, total_bytes
 from archwright.compiler.planning.report import CONVENTION, PlanReport
 from archwright.compiler.planning.training import Estimate
@@ -30,7 +31,7 @@ def as_text(report: PlanReport) -> str:
 
 
 def _each(report: PlanReport) -> str:
-    return "the largest" if report.training and report.training.degrees.pipeline > 1 else "each"
+    return "the largest" if len(report.kinds) > 1 else "each"
 
 
 def _memory(report: PlanReport) -> list[str]:
@@ -38,7 +39,7 @@ def _memory(report: PlanReport) -> list[str]:
     capacity = report.cluster.capacity_bytes if report.cluster else 0
     full = max(total_bytes(fullest), capacity)
     count = len(report.memory)
-    alike = report.training is None or report.training.degrees.pipeline == 1
+    alike = len(report.kinds) == 1
     which = f"each of {count} rank{'s' if count > 1 else ''}" if alike else f"the fullest of {count} ranks"
     moment = f", at its fullest: {_MOMENTS[fullest.moment]}" if isinstance(fullest, TrainingMemory) else ""
     lines = [f"  memory of {which}{moment}"]
@@ -47,9 +48,9 @@ def _memory(report: PlanReport) -> list[str]:
     lines.append(_bar("total", total_bytes(fullest), full))
     if report.cluster is not None:
         lines.append(_bar(report.cluster.name, capacity, full))
-    if report.training is not None and not alike:
+    if not alike:
         lines += ["", "  memory of each pipeline rank"]
-        lines += [_bar(f"pipeline {i}", total_bytes(each), full) for i, each in enumerate(report.training.memory)]
+        lines += [_bar(f"pipeline {i}", total_bytes(each), full) for i, each in enumerate(report.kinds)]
     return lines
 
 
@@ -95,6 +96,7 @@ def _inference(report: PlanReport) -> list[str]:
         "(roofline of published peaks)",
         f"  prefill         {found.prefill_s:.3g} s expected (one row of {positions} tokens), "
         f"at least {found.prefill_bound_s:.3g} s",
+        *_stages(found),
         "",
         "  rows that fit beside the weights",
     ]
@@ -102,6 +104,17 @@ def _inference(report: PlanReport) -> list[str]:
     for length, batch in found.largest_batch.items():
         lines.append(f"    {length:>9} tokens{batch:>10}  {'█' * round(_BAR * batch / most)}".rstrip())
     return lines
+
+
+def _stages(found: Inference) -> list[str]:
+    if len(found.stages) == 1:
+        return []
+    times = ", ".join(f"{stage.decode_s:.3g}" for stage in found.stages)
+    return [
+        f"  stages          {times} s of a decode step, one behind the other: a token passes all of them",
+        f"  hand-off        {found.decode_hand_off_bytes:,} bytes a decode step, {found.prefill_hand_off_bytes:,} for "
+        "the prefill, between two stages",
+    ]
 
 
 def _verdict(report: PlanReport) -> list[str]:

@@ -193,10 +193,21 @@ def collective_attributes(graph: Graph) -> Problems:
             yield f"{node.name}: root is {a.get('root', 0)}; it is a rank for {', '.join(ROOTED)} and -1 for the others"
         if not isinstance(a.get("nb_rank"), int) or a["nb_rank"] < 2:
             yield f"{node.name}: nb_rank is {a.get('nb_rank')}"
-        if ("groups" in a) != ("group_size" in a) or ("groups" in a and len(a["groups"]) % a["group_size"]):
-            yield f"{node.name}: groups and group_size do not fit together"
+        yield from _group(node.name, a)
         if len(node.input) != 1 or len(node.output) != 1:
             yield f"{node.name}: has {len(node.input)} inputs and {len(node.output)} outputs; it takes one of each"
+
+
+def _group(name: str, attributes: Mapping[str, Any]) -> Problems:
+    """`groups` lists the ranks that take part, `group_size` is its length, and so is `nb_rank`."""
+    if ("groups" in attributes) != ("group_size" in attributes):
+        yield f"{name}: groups and group_size do not fit together"
+    elif "groups" in attributes:
+        group, size = list(attributes["groups"]), attributes["group_size"]
+        if not group or len(group) != size or size != attributes.get("nb_rank"):
+            yield f"{name}: groups {group}, group_size {size} and nb_rank {attributes.get('nb_rank')} do not fit"
+        if len(set(group)) != len(group) or any(rank < 0 for rank in group):
+            yield f"{name}: groups {group} are not the numbers of different ranks"
 
 
 def used_inputs(graph: Graph) -> Problems:

@@ -14,7 +14,7 @@ from onnx import TensorProto
 from archwright.compiler.interpreters.cost_ops import run_cost
 from archwright.compiler.ir import Plan
 from archwright.compiler.targets.merge import COLLECTIVE
-from archwright.compiler.targets.onnx_graph import cache_names
+from archwright.compiler.targets.stages import DEFAULT_OPTIONS, GraphOptions, stage_of
 
 TYPES: Mapping[int, str] = {
     TensorProto.FLOAT: "FLOAT",
@@ -33,8 +33,7 @@ LAYERS: Mapping[str, str] = {
 """Operators that must arrive in the network one to one."""
 
 
-PLANNED_TYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
-INDICES = ("input_ids", "position_ids", "write_index", "kv_positions")
+PLANNED_TYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,20 +50,23 @@ class Planned:
     attentions: int
 
 
-def planned_network(plan: Plan, *, precision: str, capacity: int) -> Planned:
-    """Inputs and outputs with their TensorRT types, caches, and how many layers of which kind there must be."""
+def planned_network(
+    plan: Plan, *, precision: str, capacity: int, stage: int = 0, options: GraphOptions = DEFAULT_OPTIONS
+) -> Planned:
+    """Inputs and outputs of a stage with their TensorRT types, caches, and how many layers of which kind there must
+    be."""
+    part = stage_of(plan, stage)
     splits = {name: site.param.splits for name, site in plan.program.sites().items()}
-    costs = run_cost(plan.local, batch=1, sequence=1, visible=1, splits=splits).costs
-    states = {(path, state): s for path, block in plan.local.states().items() for state, s in block.items()}
-    known = {"batch": None, "positions": capacity}
+    costs = run_cost(part.program, batch=1, sequence=1, visible=1, last=part.takes_index(options), splits=splits).costs
+    inputs = part.inputs(precision=precision, capacity=capacity, options=options)
+    outputs = part.outputs(precision=precision, capacity=capacity, options=options)
     caches = {
-        name: tuple(known.get(axis, size) for axis, size in zip(states[key].axes, states[key].sizes, strict=True))
-        for key, name in cache_names(plan.local).items()
+        name: tuple(size if isinstance(size, int) else None for size in inputs[f"past.{name}"].shape)
+        for name in part.caches.values()
     }
-    dtype = PLANNED_TYPES[precision]
     return Planned(
-        inputs=dict.fromkeys(INDICES, "INT64") | {f"past.{name}": dtype for name in caches},
-        outputs={"logits": "FLOAT"} | {f"present.{name}": dtype for name in caches},
+        inputs={name: PLANNED_TYPES[spec.dtype] for name, spec in inputs.items()},
+        outputs={name: PLANNED_TYPES[spec.dtype] for name, spec in outputs.items()},
         caches=caches,
         collectives=sum(any(not each.backward for each in cost.collectives) for cost in costs),
         attentions=sum(cost.op == "attention" for cost in costs),

@@ -2,8 +2,10 @@
 
     folder/rank0/stage0.onnx   the graph: no torch and no weights are needed to write it
     folder/rank0/stage0.data   the rank's slices, streamed from the model's weights one tensor at a time
+    folder/rank2/stage1.onnx   of two stages of two ranks: rank r belongs to stage r // (expert · tensor)
 
-All ranks of a tensor group have the same graph, but for the rank in its metadata; their data differ.
+All ranks of a tensor group have the same graph, but for the rank in its metadata; their data differ. Ranks that stand
+elsewhere on the expert axis have the same but for the numbers of their experts and of the ranks that they add up with.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,16 +22,27 @@ from archwright.compiler.interpreters.onnx_ops import (
     OPSET,
     External,
     OnnxOps,
-    Size,
     Tensor,
 )
 from archwright.compiler.interpreters.recording import Recording, plain
-from archwright.compiler.ir import Plan, Program, State, Step
+from archwright.compiler.ir import Plan, Step
 from archwright.compiler.ir.program import instance_of
 from archwright.compiler.targets.rank_data import Placed, write_rank_data
+from archwright.compiler.targets.stages import (
+    DEFAULT_OPTIONS,
+    LOGIT_INDEX,
+    LOGITS,
+    GraphOptions,
+    Stage,
+    TensorSpec,
+    cache_names,
+    stages_of,
+)
 from archwright.compiler.weights.streaming import Weights
 from archwright.spec import ArchwrightError
 from archwright.spec.manifest import FileEntry
+
+__all__ = ["Export", "RankGraph", "cache_names", "emit_graph", "export_graphs", "graph_path"]
 
 IR_VERSION = 12
 ALIGNMENT = 4096
@@ -68,9 +81,10 @@ def export_graphs(
     *,
     precision: str,
     capacity: int,
+    options: GraphOptions = DEFAULT_OPTIONS,
     spec_digest: str = "",
 ) -> Export:
-    """Write `rank{r}/stage0.onnx` and `rank{r}/stage0.data` of every rank into `folder`.
+    """Write `rank{r}/stage{s}.onnx` and `rank{r}/stage{s}.data` of every rank into `folder`.
 
     weights: None writes the graphs alone, which is enough to look at shapes and layers.
     precision: float32, float16 or bfloat16, of weights, activations and caches; logits are float32 in each.
@@ -83,85 +97,99 @@ def export_graphs(
             f"a cache of {capacity} positions does not fit a model of {plan.program.max_positions}",
             help=f"set build.max_positions to 1..{plan.program.max_positions}",
         )
-    degrees = {"tensor": plan.degrees.tensor}
-    graph = emit_graph(plan.local, precision=precision, capacity=capacity, degrees=degrees)
+    axes = {"pipeline": plan.degrees.pipeline, "expert": plan.degrees.expert, "tensor": plan.degrees.tensor}
+    fixed = {"spec_digest": spec_digest, "precision": precision, "capacity": capacity}
+    fixed |= {f"degrees.{axis}": degree for axis, degree in axes.items()}
     paths: list[Path] = []
-    for rank in range(plan.degrees.world):
-        path = graph_path(folder, rank)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"spec_digest": spec_digest, "precision": precision, "capacity": capacity, "rank": rank, "stage": 0}
-        facts |= {f"degrees.{axis}": degree for axis, degree in degrees.items()}
-        onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
-        path.write_bytes(graph.model.SerializeToString(deterministic=True))
-        paths.append(path)
     data: dict[Path, FileEntry] = {}
-    if weights is not None:
-        files = [path.with_suffix(".data") for path in paths]
-        data = dict(zip(files, write_rank_data(files, graph.layout, plan.program, weights), strict=True))
+    for stage in stages_of(plan):
+        ranks = plan.stage_ranks(stage.number)
+        graphs = emit_stage(plan, stage, precision=precision, capacity=capacity, options=options)
+        own = [graph_path(folder, rank, stage.number) for rank in ranks]
+        for rank, graph, path in zip(ranks, graphs, own, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            facts = fixed | {"rank": rank, "stage": stage.number}
+            onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
+            path.write_bytes(graph.model.SerializeToString(deterministic=True))
+        if weights is not None:
+            files = [path.with_suffix(".data") for path in own]
+            places = [plan.coordinates(rank) for rank in ranks]
+            entries = write_rank_data(files, graphs[0].layout, plan.program, weights, places)
+            data |= dict(zip(files, entries, strict=True))
+        paths += own
     return Export(graphs=tuple(paths), data=data)
 
 
-def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapping[str, int]) -> RankGraph:
-    """The graph of a rank's Program (of local sizes); its initializers point into `stage0.data`."""
-    dtype = DTYPES[precision]
-    ids_BS = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
-    index = {
-        name: _input(name, ir.DataType.INT64, shape)
-        for name, shape in (
-            ("position_ids", ("batch", "sequence")),
-            ("write_index", ("batch",)),
-            ("kv_positions", ("positions",)),
+def emit_stage(
+    plan: Plan, stage: Stage, *, precision: str, capacity: int, options: GraphOptions
+) -> tuple[RankGraph, ...]:
+    """The graph of each rank of a stage; those of one tensor group are the same object."""
+    degrees = {"expert": plan.degrees.expert, "tensor": plan.degrees.tensor}
+    graphs = [
+        emit_graph(
+            stage, precision=precision, capacity=capacity, degrees=degrees, options=options, ranks={"expert": expert}
         )
-    }
-    names = cache_names(program)
-    states = {(path, state): s for path, block in program.states().items() for state, s in block.items()}
-    past = {key: _input(f"past.{name}", dtype, _cache_shape(states[key], capacity)) for key, name in names.items()}
-    ops = OnnxOps(precision=precision, capacity=capacity, degrees=degrees, caches={})
-    ops.caches = {key: Tensor(value, ops) for key, value in past.items()}
-    step = Step(
-        positions_BS=Tensor(index["position_ids"], ops),
-        write_index_B=Tensor(index["write_index"], ops),
-        kv_positions_L=Tensor(index["kv_positions"], ops),
+        for expert in range(plan.degrees.expert)
+    ]
+    return tuple(graph for graph in graphs for _ in range(plan.degrees.tensor))
+
+
+def emit_graph(
+    stage: Stage,
+    *,
+    precision: str,
+    capacity: int,
+    degrees: Mapping[str, int],
+    options: GraphOptions = DEFAULT_OPTIONS,
+    ranks: Mapping[str, int] | None = None,
+) -> RankGraph:
+    """The graph of a rank of a stage; its initializers point into `stage{s}.data`.
+
+    degrees: of the stage's mesh. ranks: where the rank stands on the axes whose ranks have different graphs (expert).
+    """
+    specs = stage.inputs(precision=precision, capacity=capacity, options=options)
+    inputs = {name: _input(name, spec) for name, spec in specs.items()}
+    ops = OnnxOps(
+        precision=precision, capacity=capacity, degrees=degrees, caches={}, moe=options.moe, ranks=ranks or {}
+    )
+    ops.caches = {key: Tensor(inputs[f"past.{name}"], ops) for key, name in stage.caches.items()}
+    given = {name: Tensor(value, ops) for name, value in inputs.items()}
+    step: Step[Any] = Step(
+        positions_BS=given.get("position_ids"),
+        write_index_B=given.get("write_index"),
+        kv_positions_L=given.get("kv_positions"),
+        logit_index_B=given.get(LOGIT_INDEX),
     )
     recording: Any = Recording(ops)
-    logits = plain(program.run(instance_of(program, recording), Tensor(ids_BS, ops), step))
-    logits = ops.cast(logits, ir.DataType.FLOAT, name="logits")
-    for key, name in names.items():
+    bind = instance_of(stage.program, recording, stage.sites)
+    result = plain(stage.program.run(bind, recording.given(given[stage.source]), step))
+    # A node of its own, so that the last operation keeps its name.
+    if stage.result == LOGITS:
+        result = ops.cast(result, ir.DataType.FLOAT, name=LOGITS)
+    else:
+        result = ops.emit("Identity", [result], name=stage.result)
+    for key, name in stage.caches.items():
         ops.updated[key].value.name = f"present.{name}"
-    outputs = [logits.value, *(ops.updated[key].value for key in names)]
-    layout = _place(ops.externals.values())
+    layout = _place(ops.externals.values(), f"stage{stage.number}.data")
     graph = ir.Graph(
-        [ids_BS, *index.values(), *past.values()],
-        outputs,
+        list(inputs.values()),
+        [result.value, *(ops.updated[key].value for key in stage.caches)],
         nodes=ops.nodes,
         initializers=[*ops.constants.values(), *(p.external.value for p in layout)],
         opset_imports={"": OPSET} | ({DOMAIN: 1} if any(degree > 1 for degree in degrees.values()) else {}),
-        name="stage0",
+        name=f"stage{stage.number}",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")
     operations = tuple(str(result.value.name) for result in recording.results)
     return RankGraph(model=ir.to_proto(model), layout=layout, operations=operations)
 
 
-def cache_names(program: Program) -> dict[tuple[str, str], str]:
-    """(path, state) → `{layer}.{state}`: the caches in the order in which graphs take and give them."""
-    return {
-        (path, state): f"{layer}.{state}"
-        for layer, (path, states) in enumerate(program.states().items())
-        for state in states
-    }
+def _input(name: str, spec: TensorSpec) -> ir.Value:
+    dtype = ir.DataType.INT64 if spec.dtype == "int64" else DTYPES[spec.dtype]
+    return ir.Value(name=name, shape=ir.Shape(spec.shape), type=ir.TensorType(dtype))
 
 
-def _input(name: str, dtype: ir.DataType, shape: tuple[Size, ...]) -> ir.Value:
-    return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-
-
-def _cache_shape(state: State, capacity: int) -> tuple[Size, ...]:
-    known: dict[str, Size] = {"batch": "batch", "positions": capacity}
-    return tuple(known.get(axis, size) for axis, size in zip(state.axes, state.sizes, strict=True))
-
-
-def _place(externals: Iterable[External]) -> tuple[Placed, ...]:
+def _place(externals: Iterable[External], file: str) -> tuple[Placed, ...]:
     """Give each initializer its offset, and the graph a reference to it."""
     layout: list[Placed] = []
     end = 0
@@ -171,7 +199,7 @@ def _place(externals: Iterable[External]) -> tuple[Placed, ...]:
         value = external.value
         assert value.dtype is not None and value.shape is not None
         value.const_value = ir.ExternalTensor(
-            "stage0.data", placed.offset, placed.num_bytes, value.dtype, shape=value.shape, name=placed.name
+            file, placed.offset, placed.num_bytes, value.dtype, shape=value.shape, name=placed.name
         )
         layout.append(placed)
     return tuple(layout)

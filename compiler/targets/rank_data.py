@@ -4,7 +4,7 @@ Each parameter is read once, some rows at a time, and written while the next one
 of rows, and of two parameters whose matrices are stored transposed the whole, in the precision of the files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -63,11 +63,15 @@ class Placed:
 
 
 def write_rank_data(
-    paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights
+    paths: Sequence[Path],
+    layout: Sequence[Placed],
+    program: Program,
+    weights: Weights,
+    places: Sequence[Mapping[str, int]],
 ) -> list[FileEntry]:
-    """Write the data file of every rank, and return their hashes and sizes.
+    """Write the data file of every rank of a stage, and return their hashes and sizes.
 
-    program: the global one, whose parameters say how they are split.
+    program: the global one, whose parameters say how they are split. places: of each rank, mesh axis → coordinate.
     """
     params = program.params()
     with ExitStack() as stack:
@@ -82,11 +86,12 @@ def write_rank_data(
                 param = params[source]
                 whole = scratch.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
                 _fill(whole, order, param, weights, source)
-                pieces = iter([[_reordered(whole, order, param, rank, placed.shape) for rank in range(len(files))]])
+                parts = [param.slices(place) for place in places]
+                pieces = iter([[_reordered(whole, order, part, placed.shape) for part in parts]])
             else:
-                pieces = _rows(params[source], weights, source, len(files))
-            for number, parts in enumerate(pieces):
-                writer.submit(files, placed, parts, first=number == 0)
+                pieces = _rows(params[source], weights, source, places)
+            for number, arrays in enumerate(pieces):
+                writer.submit(files, placed, arrays, first=number == 0)
     return [FileEntry(sha256=file.sha256, bytes=file.num_bytes) for file in files]
 
 
@@ -138,11 +143,11 @@ class _Scratch:
         return self._buffers[0][:num_bytes].view(dtype).reshape(shape)
 
 
-def _rows(param: Param, weights: Weights, name: str, ranks: int) -> Iterator[list[Array]]:
+def _rows(param: Param, weights: Weights, name: str, places: Sequence[Mapping[str, int]]) -> Iterator[list[Array]]:
     """Each rank's part as it is stored, [out, in], some rows at a time."""
-    slices = [_slices(param, rank) for rank in range(ranks)]
+    slices = [param.slices(place) for place in places]
     for rows in _slabs(param.shape[0], prod(param.shape[1:]), SLAB_VALUES):
-        slab = weights.read(name, (rows, *_all(param)[1:]))
+        slab = weights.read(name, (rows, *[slice(None)] * (len(param.shape) - 1)))
         parts: list[Array] = []
         for own, *inner in slices:
             first, stop, _ = own.indices(param.shape[0])
@@ -166,9 +171,9 @@ def _fill(whole: Array, order: tuple[int, ...], param: Param, weights: Weights, 
             pass
 
 
-def _reordered(whole: Array, order: tuple[int, ...], param: Param, rank: int, shape: tuple[int, ...]) -> Array:
+def _reordered(whole: Array, order: tuple[int, ...], own: tuple[slice, ...], shape: tuple[int, ...]) -> Array:
     """A rank's part of what `_fill` made: a view of `whole`, or a copy where `shape` joins dims that are cut."""
-    part = whole[tuple(_slices(param, rank)[dim] for dim in order)]
+    part = whole[tuple(own[dim] for dim in order)]
     assert part.size == prod(shape), f"a part is {part.shape}, announced as {shape}"
     return part.reshape(shape)
 
@@ -191,11 +196,3 @@ def _slabs(rows: int, row_size: int, num_values: int) -> Iterator[slice]:
     """Ranges that cover so many rows, of about `num_values` each."""
     step = max(1, num_values // row_size // CACHE_LINE_BYTES) * CACHE_LINE_BYTES  # whole cache lines when transposed
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
-
-
-def _slices(param: Param, rank: int) -> tuple[slice, ...]:
-    return _all(param) if param.split is None else param.split.slices(param.shape, rank)
-
-
-def _all(param: Param) -> tuple[slice, ...]:
-    return tuple(slice(None) for _ in param.shape)

@@ -37,14 +37,21 @@ class EngineSummary:
     num_bytes: int
 
 
-def default_profiles(build: Build, capacity: int) -> tuple[Profile, ...]:
+CALL_BYTES = 1 << 30
+"""Most that a prefill step may copy of experts' weights."""
+
+
+def default_profiles(build: Build, capacity: int, *, token_bytes: int = 0) -> tuple[Profile, ...]:
     """The spec's profiles, or one for prefill and one for decode from its limits.
 
-    Two, since one profile over both gives poor kernels for single tokens.
+    Two, since one profile over both gives poor kernels for single tokens. token_bytes: what a rank's graph copies of
+    experts' weights for each token, see `stages.gathered_values`: the pieces of a prefill are shorter then.
     """
     if build.profiles:
         return build.profiles
     piece = min(PREFILL_TOKENS, capacity)
+    if token_bytes:
+        piece = min(piece, max(1, CALL_BYTES // (build.max_batch * token_bytes)))
     positions = Range(min=1, opt=max(1, capacity // 2), max=capacity)
     prefill = Profile(
         batch=Range(min=1, opt=1, max=build.max_batch),

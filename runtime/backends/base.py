@@ -15,9 +15,9 @@ CacheT = TypeVar("CacheT")
 
 PREFILL_CHUNK = 512
 """Most tokens of a row that one prefill call computes."""
-LOGITS_BYTES = 256 << 20
-"""Most memory for the logits of a prefill call: they are computed for every token, and only those after a prompt's last
-are wanted."""
+CALL_BYTES = 256 << 20
+"""Most memory for what a prefill call makes of every token: logits, of which only those after a prompt's last are
+wanted, and what else `token_bytes` counts."""
 
 
 class Backend(ABC, Generic[CacheT]):
@@ -32,6 +32,16 @@ class Backend(ABC, Generic[CacheT]):
     max_batch: int | None
     description: str
 
+    @property
+    def token_bytes(self) -> int:
+        """Memory that a call takes for each of its tokens: the logits, where it makes those of all."""
+        return 4 * self.vocab_size
+
+    def call_tokens(self, batch: int) -> int:
+        """Tokens of a row that one prefill call computes."""
+        most = CALL_BYTES // (batch * self.token_bytes) if self.token_bytes else PREFILL_CHUNK
+        return min(PREFILL_CHUNK, max(1, most))
+
     @abstractmethod
     def new_cache(self, batch: int, positions: int) -> CacheT:
         """Room for `batch` rows of at least `positions` tokens (≤ capacity), which `forward` updates in place."""
@@ -45,6 +55,13 @@ class Backend(ABC, Generic[CacheT]):
         a write outside it would be lost without a word.
         """
 
+    def forward_last(
+        self, cache: CacheT, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
+    ) -> Logits:
+        """The same, but the logits [B, V] of one token a row alone, the `index`th of its S."""
+        logits_BSV = self.forward(cache, ids_BS, positions_BS, write_index_B, visible)
+        return logits_BSV[np.arange(len(index_B)), index_B]
+
     def prefill(self, cache: CacheT, ids_BS: Ids, lengths_B: Ids) -> Logits:
         """Fill the cache with right-padded prompts; the logits [B, V] after the last token of each.
 
@@ -53,14 +70,15 @@ class Backend(ABC, Generic[CacheT]):
         """
         batch, longest = ids_BS.shape
         last_BV = np.empty((batch, self.vocab_size), np.float32)
-        size = min(PREFILL_CHUNK, max(1, LOGITS_BYTES // last_BV.nbytes))
+        size = self.call_tokens(batch)
         for start in range(0, longest, size):
             part_BS = ids_BS[:, start : start + size]
             stop = start + part_BS.shape[1]
             positions_BS = np.broadcast_to(np.arange(start, stop), part_BS.shape)
-            logits_BSV = self.forward(cache, part_BS, positions_BS, np.full(batch, start), stop)
+            index_B = np.clip(lengths_B - 1 - start, 0, stop - start - 1)
+            logits_BV = self.forward_last(cache, part_BS, positions_BS, np.full(batch, start), stop, index_B)
             rows = np.flatnonzero((start < lengths_B) & (lengths_B <= stop))
-            last_BV[rows] = logits_BSV[rows, lengths_B[rows] - 1 - start]
+            last_BV[rows] = logits_BV[rows]
         return last_BV
 
     def decode(self, cache: CacheT, ids_B: Ids, lengths_B: Ids) -> Logits:
@@ -72,6 +90,22 @@ class Backend(ABC, Generic[CacheT]):
         batch, length = ids_BS.shape
         positions_BS = np.broadcast_to(np.arange(length), ids_BS.shape)
         return self.forward(self.new_cache(batch, length), ids_BS, positions_BS, np.zeros(batch, np.int64), length)
+
+    def in_pieces(
+        self, cache: CacheT, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, size: int
+    ) -> Logits:
+        """What `forward` gives, by calls of `size` tokens a row: exact, since no token sees later cache rows."""
+        pieces = [
+            self.forward(
+                cache,
+                ids_BS[:, start : start + size],
+                positions_BS[:, start : start + size],
+                write_index_B + start,
+                visible,
+            )
+            for start in range(0, ids_BS.shape[1], size)
+        ]
+        return np.concatenate(pieces, axis=1)
 
 
 AnyBackend = Backend[Any]

@@ -1,5 +1,6 @@
 """Artifacts through ONNX Runtime on the CPU. B batch, S sequence, L visible cache positions, V vocabulary."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +9,9 @@ from typing import Any
 import numpy as np
 
 from archwright.compiler.targets.merge import merge_ranks
+from archwright.compiler.targets.onnx_graph import graph_path
 from archwright.compiler.targets.retype import as_float32
+from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, LOGITS, result_name
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import Backend, Ids, Logits
 from archwright.spec import ArchwrightError
@@ -34,14 +37,14 @@ def load_onnxruntime() -> ModuleType:
 
 @dataclass(frozen=True)
 class OrtCache:
-    """Caches bound once as input and as output of the graph, so that it updates them where they lie.
+    """Caches bound once as input and as output of their stage's graph, so that it updates them where they lie.
 
-    Two different OrtValues would make ONNX Runtime copy every cache at every step.
+    Two different OrtValues would make ONNX Runtime copy every cache at every step. bindings: of each stage.
     """
 
-    binding: Any
+    bindings: tuple[Any, ...]
     values: dict[str, Any]
-    """Input name (`past.0.key`) → OrtValue."""
+    """Input name (`past.0.key`), of all stages → OrtValue."""
 
     def pointers(self) -> dict[str, int]:
         """Addresses of the caches: they never change."""
@@ -49,47 +52,88 @@ class OrtCache:
 
 
 class OnnxRuntimeBackend(Backend[OrtCache]):
-    """One session: the graph of one rank, or the graphs of all ranks joined."""
+    """A session for each pipeline stage, run one behind the other: the graph of one rank, or of all ranks of the stage
+    joined.
+    """
 
-    def __init__(self, session: Any, *, max_batch: int | None, description: str) -> None:
+    def __init__(
+        self, sessions: Sequence[Any], *, max_batch: int | None, description: str, gathered_bytes: int = 0
+    ) -> None:
+        """gathered_bytes: what the graphs copy of experts' weights for each token of a call."""
         self._ort = load_onnxruntime()
-        self._session = session
-        outputs = {output.name: output for output in session.get_outputs()}
-        self._outputs = ["logits", *(name for name in outputs if "present." in name)]
-        self._caches = {item.name: item.shape for item in session.get_inputs() if "past." in item.name}
-        self.vocab_size = outputs["logits"].shape[2]
-        self.capacity = next(iter(self._caches.values()))[2]
+        self._sessions = tuple(sessions)
+        self._inputs = [{item.name: item.shape for item in session.get_inputs()} for session in sessions]
+        self._caches = [{name: shape for name, shape in each.items() if "past." in name} for each in self._inputs]
+        self._takes_index = LOGIT_INDEX in self._inputs[-1]
+        self._gathered_bytes = gathered_bytes
+        (logits,) = (output for output in sessions[-1].get_outputs() if output.name == LOGITS)
+        self.vocab_size = logits.shape[2]
+        self.capacity = next(iter(self._caches[0].values()))[2]
         self.max_batch = max_batch
         self.description = description
 
+    @property
+    def token_bytes(self) -> int:
+        return self._gathered_bytes + (0 if self._takes_index else 4 * self.vocab_size)
+
     def new_cache(self, batch: int, positions: int) -> OrtCache:
         assert positions <= self.capacity, "the caches of a graph have one size"
-        binding = self._session.io_binding()
+        bindings = tuple(session.io_binding() for session in self._sessions)
         values: dict[str, Any] = {}
-        for name, (_, kv_heads, capacity, head_dim) in self._caches.items():
-            # Zeros, not fresh memory: a masked position has weight 0, but 0 · NaN would be NaN.
-            zeros = np.zeros((batch, kv_heads, capacity, head_dim), np.float32)
-            values[name] = self._ort.OrtValue.ortvalue_from_numpy(zeros)
-            binding.bind_ortvalue_input(name, values[name])
-        return OrtCache(binding, values)
+        for binding, caches in zip(bindings, self._caches, strict=True):
+            for name, (_, kv_heads, capacity, head_dim) in caches.items():
+                # Zeros, not fresh memory: a masked position has weight 0, but 0 · NaN would be NaN.
+                zeros = np.zeros((batch, kv_heads, capacity, head_dim), np.float32)
+                values[name] = self._ort.OrtValue.ortvalue_from_numpy(zeros)
+                binding.bind_ortvalue_input(name, values[name])
+        return OrtCache(bindings, values)
 
     def forward(self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int) -> Logits:
-        binding = cache.binding
+        """Graphs that give the logits of one token a row are run token by token here."""
+        batch, length = ids_BS.shape
+        size = length
+        if self._takes_index:
+            size = 1
+        elif self._gathered_bytes:
+            size = self.call_tokens(batch)
+        if length > size:
+            return self.in_pieces(cache, ids_BS, positions_BS, write_index_B, visible, size)
+        return self._run(cache, ids_BS, positions_BS, write_index_B, visible, np.zeros(batch, np.int64))
+
+    def forward_last(
+        self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
+    ) -> Logits:
+        if not self._takes_index:
+            return super().forward_last(cache, ids_BS, positions_BS, write_index_B, visible, index_B)
+        return self._run(cache, ids_BS, positions_BS, write_index_B, visible, index_B)[:, 0]
+
+    def _run(
+        self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
+    ) -> Logits:
+        """One call of every stage."""
         feeds = {
-            "input_ids": ids_BS,
+            IDS: ids_BS,
             "position_ids": positions_BS,
             "write_index": write_index_B,
             "kv_positions": np.arange(bucketed(visible, self.capacity)),
+            LOGIT_INDEX: index_B,
         }
-        for name, array in feeds.items():
-            binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
-        # The logits' shape changes; outputs of an earlier call would be written again.
-        binding.clear_binding_outputs()
-        binding.bind_output("logits")
-        for name, value in cache.values.items():
-            binding.bind_ortvalue_output(name.replace("past.", "present."), value)
-        self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()
+        result: Any = None
+        for number, (session, binding, inputs) in enumerate(
+            zip(self._sessions, cache.bindings, self._inputs, strict=True)
+        ):
+            for name in feeds.keys() & inputs.keys():
+                binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
+            if HIDDEN in inputs:
+                binding.bind_ortvalue_input(HIDDEN, result)
+            # The result's shape changes; outputs of an earlier call would be written again.
+            binding.clear_binding_outputs()
+            binding.bind_output(result_name(number, len(self._sessions)))
+            for name in self._caches[number]:
+                binding.bind_ortvalue_output(name.replace("past.", "present."), cache.values[name])
+            session.run_with_iobinding(binding)
+            result = binding.get_outputs()[0]
+        return result.numpy()
 
 
 def bucketed(visible: int, capacity: int) -> int:
@@ -106,28 +150,53 @@ def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRun
         help = f"leave the precision out, or build with build.precision={precision}"
         message = f"the artifact is {artifact.precision}, not {precision}"
         raise ArchwrightError("RUN022", message, where=str(artifact.path), help=help)
+    return open_artifact_graphs(artifact)
+
+
+def open_artifact_graphs(artifact: Artifact) -> OnnxRuntimeBackend:
+    """The same without questions of device and precision: also for a folder that has only the graphs."""
     return open_graphs(
-        artifact.path, ranks=len(artifact.graphs), precision=artifact.precision, max_batch=artifact.max_batch
+        artifact.path,
+        ranks=len(artifact.graphs),
+        stages=artifact.num_stages,
+        precision=artifact.precision,
+        max_batch=artifact.max_batch,
+        gathered_bytes=artifact.gathered_bytes,
     )
 
 
-def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | None = None) -> OnnxRuntimeBackend:
-    """Open the rank graphs in `folder`: one float32 rank as the file itself, anything else as one joined float32
-    graph.
+def open_graphs(
+    folder: Path,
+    *,
+    ranks: int,
+    precision: str,
+    stages: int = 1,
+    max_batch: int | None = None,
+    gathered_bytes: int = 0,
+) -> OnnxRuntimeBackend:
+    """Open the rank graphs in `folder`: of each stage one float32 rank as the file itself, anything else as one joined
+    float32 graph.
+
+    ranks: in all; each of the `stages` has equally many. gathered_bytes: see `OnnxRuntimeBackend`.
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
+    each = ranks // stages
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
-    if ranks == 1 and precision == "float32":
-        source: Any = str(folder / "rank0" / "stage0.onnx")
-        title += ", float32"
-    else:
-        title += " joined" if ranks > 1 else ""
-        title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
+    title += f" in {stages} stages" if stages > 1 else ""
+    title += " joined" if each > 1 else ""
+    title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
+    if each > 1 or precision != "float32":
         # Made in memory, so it has no place of its own: its weights are looked for from the artifact's folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        source = as_float32(merge_ranks(folder)).SerializeToString()
-    return OnnxRuntimeBackend(open_session(source, options, folder), max_batch=max_batch, description=title)
+    sessions: list[Any] = []
+    for stage in range(stages):
+        source: Any = str(graph_path(folder, stage, stage))
+        if each > 1 or precision != "float32":
+            joined = merge_ranks(folder, stage=stage, ranks=range(stage * each, (stage + 1) * each))
+            source = as_float32(joined).SerializeToString()
+        sessions.append(open_session(source, options, folder))
+    return OnnxRuntimeBackend(sessions, max_batch=max_batch, description=title, gathered_bytes=gathered_bytes)
 
 
 def open_session(source: str | bytes, options: Any, folder: Path) -> Any:

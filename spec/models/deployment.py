@@ -60,8 +60,27 @@ class BuildParallel(Node):
     """Degrees of the inference mesh; one graph and one engine a rank."""
 
     tensor: PositiveInt = 1
+    """Ranks that share each matrix product."""
     pipeline: PositiveInt = 1
+    """Stages that each hold some of the layers, one behind the other."""
     expert: PositiveInt = 1
+    """Ranks that share the experts of mixture-of-experts layers; each has all tokens, and the results are added up."""
+
+
+class DenseExperts(Node):
+    """Every expert computes every token: large matrix products, which read all weights however few tokens there are."""
+
+    kind: Literal["dense"]
+
+
+class GatheredExperts(Node):
+    """Each token's experts are gathered and multiplied alone: reads fewer weights where a step has few tokens, and
+    copies the experts' weights for every token where it has many."""
+
+    kind: Literal["gathered"]
+
+
+ExpertForm = Annotated[DenseExperts | GatheredExperts, Field(discriminator="kind")]
 
 
 class ModelWeights(Node):
@@ -109,6 +128,10 @@ class Build(Node):
     target: Literal["portable"] = "portable"
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     parallel: BuildParallel = BuildParallel()
+    logits: Literal["all", "last"] = "all"
+    """Of every token, or of one token a row, which the input `logit_index` names: a prefill then makes no others."""
+    moe: ExpertForm = DenseExperts(kind="dense")
+    """How graphs compute mixtures of experts."""
     weights: Weights = ModelWeights(kind="model")
     max_batch: PositiveInt = 8
     max_positions: PositiveInt | None = None

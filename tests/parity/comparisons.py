@@ -20,8 +20,10 @@ from archwright.compiler.interpreters import torch_ops
 from archwright.compiler.interpreters.numpy_ops import NumpyOps
 from archwright.compiler.ir import Degrees, Step
 from archwright.compiler.passes import TRAINING_TABLE, lower, run_passes
+from archwright.compiler.targets.stages import GraphOptions
 from archwright.compiler.tolerances import TOLERANCES, largest_error
 from archwright.spec import Spec
+from archwright.spec.models import MoeFfn
 from archwright.trainers import loop
 from archwright.trainers.batches import Batch, Share
 from tests.parity.cases import Array, Case, Outputs, TestWeights, make_case, oracle, oracle_slope, oracle_through_cache
@@ -193,6 +195,17 @@ def _onnx(degree: int) -> Callable[[Subject, Ranks], float]:
     return measure
 
 
+def _placed_onnx(name: str, degrees: Degrees, **options: Any) -> Callable[[Subject, Ranks], float]:
+    """The graphs of a mesh with more axes than tensor."""
+
+    def measure(subject: Subject, _: Ranks) -> float:
+        plan = run_passes(subject.spec, degrees)
+        folder = subject.folder / name
+        return compare(run_onnx(subject.case, plan, folder, options=GraphOptions(**options)), subject.expected)
+
+    return measure
+
+
 def _half_onnx(subject: Subject, _: Ranks) -> float:
     """A bfloat16 graph computed in float32, against the oracle with weights in bfloat16."""
     case = subject.case
@@ -231,6 +244,21 @@ def _splits_over(degree: int) -> Callable[[Subject], bool]:
     return lambda subject: degree in legal_degrees(subject.spec)
 
 
+def _has_layers(number: int) -> Callable[[Subject], bool]:
+    return lambda subject: subject.spec.model.num_layers >= number
+
+
+def _splits_experts(tensor: int) -> Callable[[Subject], bool]:
+    """Over two ranks, each of them over `tensor` more."""
+
+    def applies(subject: Subject) -> bool:
+        ffns = [run.layer.ffn for run in subject.spec.model.runs]
+        numbers = [ffn.experts for ffn in ffns if isinstance(ffn, MoeFfn)]
+        return bool(numbers) and not any(n % 2 for n in numbers) and tensor in legal_degrees(subject.spec)
+
+    return applies
+
+
 def _not_filled_up(degrees: Degrees) -> Callable[[Subject], bool]:
     """Sequences that pieces do not divide are filled up with tokens that do not count. Routers look at those too, so
     models that have any are compared where nothing is filled up."""
@@ -267,6 +295,22 @@ COMPARISONS: Mapping[str, Comparison] = {
     "ONNX Runtime, 2 ranks joined": Comparison(measure=_onnx(2), tolerance=ONNX, applies=_splits_over(2)),
     "ONNX Runtime, 4 ranks joined": Comparison(measure=_onnx(4), tolerance=ONNX, applies=_splits_over(4)),
     "ONNX Runtime, 8 ranks joined": Comparison(measure=_onnx(8), tolerance=ONNX, applies=_splits_over(8)),
+    "ONNX Runtime, 2 stages": Comparison(
+        measure=_placed_onnx("stages", Degrees(pipeline=2)), tolerance=ONNX, applies=_has_layers(2)
+    ),
+    "ONNX Runtime, 2 expert ranks joined": Comparison(
+        measure=_placed_onnx("experts", Degrees(expert=2)), tolerance=ONNX, applies=_splits_experts(1)
+    ),
+    "ONNX Runtime, 2 x 2 expert and tensor ranks joined": Comparison(
+        measure=_placed_onnx("gathered", Degrees(expert=2, tensor=2), moe="gathered"),
+        tolerance=ONNX,
+        applies=_splits_experts(2),
+    ),
+    "ONNX Runtime, 2 stages of 2 ranks, last logits": Comparison(
+        measure=_placed_onnx("last", Degrees(pipeline=2, tensor=2), logits="last"),
+        tolerance=ONNX,
+        applies=_has_layers(2),
+    ),
     "compiled, aot_eager": Comparison(measure=_compiled("aot_eager", torch.float64), tolerance=FLOAT64),
     "compiled, aot_eager, gradients": Comparison(measure=_compiled_gradients, tolerance=GRADIENTS),
     "compiled, inductor": Comparison(measure=_compiled("inductor", torch.float32), tolerance=FLOAT32),
@@ -277,6 +321,10 @@ SOMETIMES = {
     "two processes, float32": 1,
     "ONNX Runtime, bfloat16 weights": 2,
     "two processes, context": 3,
+    "ONNX Runtime, 2 stages": 1,
+    "ONNX Runtime, 2 expert ranks joined": 3,
+    "ONNX Runtime, 2 x 2 expert and tensor ranks joined": 2,
+    "ONNX Runtime, 2 stages of 2 ranks, last logits": 0,
 }
 """Comparisons that repeat others in another dtype or on another mesh: for one spec in four, by the remainder of its
 seed."""

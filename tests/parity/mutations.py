@@ -187,17 +187,17 @@ def _bias_on_every_rank(original: Any, ops: Any, x: Any, weight: Any, bias: Any,
         return original(ops, x, weight, bias, reduce=reduce, **rest)
     if isinstance(ops, OnnxOps):
         partial = original(ops, x, weight, bias, reduce=None)
-        return ops._all_reduce(partial, ops.degrees[reduce.mesh_axis])
+        return ops.reduce(partial, reduce)
     return torch_ops.reduce_from(original(ops, x, weight, bias, reduce=None), ops.groups[reduce.mesh_axis])
 
 
-def _no_reduce(original: Any, block: Any, degrees: Any) -> Any:
-    annotated = original(block, degrees)
+def _no_reduce(original: Any, block: Any, *rest: Any) -> Any:
+    annotated = original(block, *rest)
     return replace(annotated, reduce=None) if isinstance(annotated, Linear) else annotated
 
 
-def _no_enter(original: Any, block: Any, degrees: Any) -> Any:
-    return replace(original(block, degrees), enter=None)
+def _no_enter(original: Any, block: Any, *rest: Any) -> Any:
+    return replace(original(block, *rest), enter=None)
 
 
 def _not_normalized(original: Any, ops: Any, logits_BSE: Any, indices_BSX: Any, routing: Any) -> Any:
@@ -241,8 +241,8 @@ def _all_weights_partial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Experts, "num_entering", 1)
 
 
-def _experts_not_reduced(original: Any, block: Any, degrees: Any) -> Any:
-    annotated = original(block, degrees)
+def _experts_not_reduced(original: Any, block: Any, *rest: Any) -> Any:
+    annotated = original(block, *rest)
     return replace(annotated, reduce=None) if isinstance(annotated, Experts) else annotated
 
 

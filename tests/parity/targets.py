@@ -9,6 +9,7 @@ from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import Plan
 from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.targets.stages import DEFAULT_OPTIONS, GraphOptions
 from archwright.compiler.tolerances import largest_error
 from archwright.runtime.backends.onnxruntime_backend import open_graphs
 from tests.parity.cases import Array, Case, Forward, Outputs, run_generation, run_whole
@@ -65,13 +66,16 @@ def run_torch(case: Case, module: TorchProgram) -> Outputs:
         )
 
 
-def run_onnx(case: Case, plan: Plan, folder: Path, precision: str = "float32") -> Outputs:
-    """ONNX Runtime through Archwright's own back end: the graph of one rank, or of all ranks joined.
+def run_onnx(
+    case: Case, plan: Plan, folder: Path, precision: str = "float32", options: GraphOptions = DEFAULT_OPTIONS
+) -> Outputs:
+    """ONNX Runtime through Archwright's own back end: of each stage the graph of one rank, or of all ranks joined.
 
     Half-precision graphs are computed in float32 with the weights that they hold.
     """
-    export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity)
-    backend = open_graphs(folder, ranks=plan.degrees.world, precision=precision)
+    export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity, options=options)
+    stages = plan.degrees.pipeline
+    backend = open_graphs(folder, ranks=plan.degrees.world, stages=stages, precision=precision)
 
     def new_forward(batch: int) -> Forward:
         cache = backend.new_cache(batch, case.capacity)

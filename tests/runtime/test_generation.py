@@ -94,7 +94,7 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model: Model, temperature:
 def test_prefill_in_pieces_equals_one_call(
     write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, logits_bytes: int
 ) -> None:
-    monkeypatch.setattr(base, "LOGITS_BYTES", logits_bytes)
+    monkeypatch.setattr(base, "CALL_BYTES", logits_bytes)
     model = open_model(write_model({"model.max_positions": PREFILL_CHUNK * 2}, tokenizer=False))
     ids_BS = np.random.default_rng(0).integers(0, 400, (3, PREFILL_CHUNK + 40))
     lengths_B = np.array([PREFILL_CHUNK + 40, PREFILL_CHUNK, 7])

@@ -47,9 +47,6 @@ CASES: dict[str, Case] = {
     ),
     "head_dim_is_even": Case("SPEC025", {f"{ATTENTION}.head_dim": 15}, {f"{ATTENTION}.head_dim": 16}),
     "default_head_dim_is_even": Case("SPEC025", {"model.hidden_size": 60}, {f"{ATTENTION}.head_dim": 16}),
-    "supported_build_degree": Case(
-        "SPEC026", {f"{ATTENTION}.heads": 16, "build.parallel.tensor": 16}, {"build.parallel.tensor": 8}
-    ),
     "stack_lacks_its_layer": Case(
         "SPEC012", {"model.layer": None}, {"model.layers": [{"repeat": 2, "layer": LAYER}, {"layer": LAYER}]}
     ),
@@ -59,8 +56,6 @@ CASES: dict[str, Case] = {
         {"model.layer": None, "model.layers": [{"layer": LAYER}, {"layer": LAYER}], f"{SECOND_RUN}.kv_heads": 3},
         {f"{SECOND_RUN}.kv_heads": 2},
     ),
-    "supported_build_pipeline": Case("SPEC027", {"build.parallel.pipeline": 2}, {"build.parallel.pipeline": 1}),
-    "supported_build_expert": Case("SPEC027", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
     "one_degree_is_auto": Case("SPEC040", {"parallel.tensor": "auto"}, {"parallel.data_shard": 1}),
     "sequence_needs_tensor": Case("SPEC041", {"parallel.sequence": True}, {"parallel.sequence": False}),
     "ring_needs_context": Case("SPEC049", {"parallel.ring": True}, {"parallel.ring": False}),
@@ -81,6 +76,7 @@ CASES: dict[str, Case] = {
     "pipeline_has_layers": Case(
         "SPEC043", {"parallel.pipeline": 4, "train.micro_batches": 4}, {"parallel.pipeline": 2}
     ),
+    "build_pipeline_has_layers": Case("SPEC043", {"build.parallel.pipeline": 3}, {"build.parallel.pipeline": 2}),
     "interleaved_pipeline_has_layers": Case(
         "SPEC043",
         {"parallel.pipeline": 2, "parallel.schedule": {"kind": "interleaved"}, "train.micro_batches": 2},
@@ -107,6 +103,10 @@ CASES: dict[str, Case] = {
         "SPEC046", {"model.layer.ffn": {**MOE, "experts_per_token": 7}}, {"model.layer.ffn.experts_per_token": 6}
     ),
     "expert_needs_moe": Case("SPEC047", {"parallel.expert": 2}, {"parallel.expert": 1}),
+    "build_expert_needs_moe": Case("SPEC047", {"build.parallel.expert": 2}, {"build.parallel.expert": 1}),
+    "build_expert_splits_experts": Case(
+        "SPEC048", {"model.layer.ffn": MOE, "build.parallel.expert": 4}, {"build.parallel.expert": 3}
+    ),
     "expert_splits_experts": Case(
         "SPEC048", {"model.layer.ffn": MOE, "parallel.expert": 4}, {"model.layer.ffn.experts": 8}
     ),

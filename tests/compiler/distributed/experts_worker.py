@@ -26,7 +26,7 @@ from tests.parity.cases import Array, make_case
 from tests.parity.comparisons import gradient_error
 from tests.parity.targets import load_weights
 
-TABLE = {**INFERENCE_TABLE, "expert": "expert"}
+TABLE = {**INFERENCE_TABLE, "tokens": "expert"}
 DENSE = {"kind": "swiglu", "hidden_size": 48}
 MOE = {"kind": "moe", "experts": 6, "experts_per_token": 2, "hidden_size": 24, "balance_loss": 0.3, "z_loss": 0.1}
 SHARED = {**MOE, "shared": {"hidden_size": 16}, "router": {"score": "sigmoid", "scale": 2.0}}

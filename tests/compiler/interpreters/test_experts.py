@@ -30,7 +30,7 @@ from tests.parity.targets import torch_module
 MOE = {"kind": "moe", "experts": 6, "experts_per_token": 2, "hidden_size": 24, "balance_loss": 0.5, "z_loss": 0.25}
 ATTENTION = {"kind": "gqa", "heads": 4, "kv_heads": 2}
 ROUTING = Routing(experts_per_token=2, score="softmax", normalize=True, scale=1.0)
-SPREAD = {**INFERENCE_TABLE, "expert": "expert"}
+SPREAD = {**INFERENCE_TABLE, "tokens": "expert"}
 
 
 def make_spec(*ffns: dict[str, object]) -> Spec:

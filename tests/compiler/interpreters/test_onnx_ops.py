@@ -6,6 +6,7 @@ import pytest
 from archwright.compiler.ir import Degrees
 from archwright.compiler.passes import run_passes
 from archwright.compiler.targets.onnx_graph import emit_graph
+from archwright.compiler.targets.stages import whole_program
 from archwright.spec import Spec
 
 MODEL = {
@@ -24,7 +25,7 @@ def emit(*, tensor: int = 1, precision: str = "float32", **model: object) -> onn
     spec = Spec.model_validate({"version": 1, "name": "tiny", "model": MODEL | model})
     plan = run_passes(spec, Degrees(tensor=tensor))
     degrees = {"tensor": plan.degrees.tensor}
-    return emit_graph(plan.local, precision=precision, capacity=32, degrees=degrees).model.graph
+    return emit_graph(whole_program(plan.local), precision=precision, capacity=32, degrees=degrees).model.graph
 
 
 def described(value: onnx.ValueInfoProto) -> str:

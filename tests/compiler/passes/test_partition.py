@@ -195,7 +195,7 @@ def test_a_missing_collective_is_found_before_anything_runs(monkeypatch: pytest.
     from importlib import import_module
 
     module = import_module("archwright.compiler.passes.partition")
-    monkeypatch.setattr(module, "_annotate", lambda block, degrees: block)
+    monkeypatch.setattr(module, "_annotate", lambda block, *rest: block)
     for table in (INFERENCE_TABLE, TRAINING_TABLE):
         with pytest.raises(ArchwrightError, match="IR009"):
             run_passes(load("preset:tiny"), Degrees(tensor=2), table)

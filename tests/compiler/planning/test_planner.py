@@ -2,14 +2,18 @@
 
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
 from archwright.compiler import plan
+from archwright.compiler.interpreters.cost_ops import run_cost
 from archwright.compiler.ir import Degrees
 from archwright.compiler.passes import lower, partition
+from archwright.compiler.planning.layout import splits_of
 from archwright.compiler.planning.machines import GPUS, parse_cluster
 from archwright.compiler.planning.memory import inference_memory, kv_bytes_per_token, total_bytes
+from archwright.compiler.planning.text import as_text
 from archwright.spec import ArchwrightError, load
 
 ONE_B = {"train": {"kind": "pretrain", "precision": "bfloat16", "batch_size": 2, "sequence_length": 4096}}
@@ -67,6 +71,55 @@ def test_inference_memory_is_weights_and_cache() -> None:
     memory = inference_memory(partition(lower(spec), Degrees()), spec.build)
     assert memory.weights_bytes == 2 * 8_030_261_248
     assert memory.kv_cache_bytes == 4 * 1000 * 131_072
+
+
+def test_a_pipeline_shares_weights_and_cache_and_makes_no_token_faster() -> None:
+    """The embedding's table is on one rank, the head's on the other, and each has the cache of its own layers."""
+    settings = {"build.precision": "bfloat16", "build.max_batch": 4, "build.max_positions": 1000}
+    one, two = (
+        plan(load("preset:llama3.1-8b", settings | {"build.parallel.pipeline": stages}), gpus=f"{stages}xH100")
+        for stages in (1, 2)
+    )
+    assert one.inference and two.inference and one.step_s and two.step_s
+    first, last = two.inference.memory
+    assert first.weights_bytes + last.weights_bytes == one.inference.memory[0].weights_bytes
+    assert first.kv_cache_bytes + last.kv_cache_bytes == one.inference.memory[0].kv_cache_bytes
+    assert two.memory == (first, last) and two.degrees == {"pipeline": 2, "tensor": 1}
+    assert two.num_params_per_rank * 2 == max(first.weights_bytes, last.weights_bytes)
+    stages = [stage.decode_s or 0 for stage in two.inference.stages]
+    assert sum(stages) == pytest.approx(one.step_s, rel=1e-9) and two.step_s > sum(stages)
+    assert two.inference.decode_hand_off_bytes == 4 * 4096 * 2
+    content = two.to_json()
+    assert [each["pipeline"] for each in content["memory"]["per_rank"]] == [0, 1]  # type: ignore[index]
+    assert content["pipeline"]["prefill_hand_off_bytes"] == 1000 * 4096 * 2  # type: ignore[index]
+    assert "stages" in as_text(two) and "pipeline 1" in as_text(two)
+
+
+def test_ranks_that_share_experts_add_up_once() -> None:
+    """Of a layer: attention over the tensor ranks, the experts over all ranks of the stage."""
+    settings = {"build.precision": "bfloat16", "build.parallel": {"tensor": 2, "expert": 4}}
+    whole, shared = (plan(load("preset:mixtral-8x7b", each), gpus="8xH100") for each in ({}, settings))
+    experts = 32 * 8 * 3 * 4096 * 14336
+    rest = whole.num_params - experts
+    tables = 2 * 32000 * 4096
+    routers, norms = 32 * 8 * 4096, 65 * 4096
+    attention = rest - tables - routers - norms
+    assert shared.num_params_per_rank == experts // 8 + attention // 2 + tables + routers + norms
+    assert shared.degrees == {"expert": 4, "tensor": 2} and len(shared.memory) == 8
+    placed = partition(lower(load("preset:mixtral-8x7b", settings)), Degrees(tensor=2, expert=4))
+    cost = run_cost(placed.local, batch=1, sequence=1, visible=1, splits=splits_of(placed))
+    found = Counter(each.mesh_axis for each in cost.collectives if not each.backward)
+    assert found == {"tensor": 32, "expert+tensor": 32}
+
+
+def test_the_last_logits_alone_cost_less_of_a_prefill() -> None:
+    settings = {"build.precision": "bfloat16", "build.max_positions": 4096}
+    times = [
+        plan(load("preset:llama3.2-1b", settings | {"build.logits": logits}), gpus="H100").inference
+        for logits in ("all", "last")
+    ]
+    assert times[0] and times[1] and times[0].prefill_s and times[1].prefill_s
+    assert times[1].prefill_s < 0.95 * times[0].prefill_s and times[1].decode_s == times[0].decode_s
 
 
 def test_training_states_of_the_1b_model() -> None:
@@ -153,7 +206,7 @@ def test_largest_batches_fill_the_memory() -> None:
     report = plan(load("preset:llama3.1-8b", {"build.precision": "bfloat16", "build.max_positions": 8192}), gpus="H100")
     assert report.inference is not None and report.inference.largest_batch is not None
     room = report.cluster.capacity_bytes - (  # type: ignore[union-attr]
-        total_bytes(report.memory[0]) - report.inference.memory.kv_cache_bytes
+        total_bytes(report.memory[0]) - report.inference.memory[0].kv_cache_bytes
     )
     for positions, batch in report.inference.largest_batch.items():
         assert batch * positions * 131_072 <= room < (batch + 1) * positions * 131_072

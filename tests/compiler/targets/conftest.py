@@ -14,8 +14,10 @@ from archwright.compiler.interpreters.numpy_ops import run_numpy
 from archwright.compiler.ir import Degrees, Plan
 from archwright.compiler.passes import run_passes
 from archwright.compiler.targets.network_check import Planned, planned_network
-from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.targets.onnx_graph import export_graphs, graph_path
+from archwright.compiler.targets.stages import GraphOptions
 from archwright.compiler.weights.streaming import GeneratedWeights
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, open_graphs
 from archwright.spec import Spec
 
 Array = NDArray[Any]
@@ -31,6 +33,7 @@ class Export:
     arrays: Mapping[str, Array]
     precision: str
     capacity: int
+    options: GraphOptions
 
     @property
     def graph(self) -> Path:
@@ -38,7 +41,19 @@ class Export:
 
     @property
     def planned(self) -> Planned:
-        return planned_network(self.plan, precision=self.precision, capacity=self.capacity)
+        return self.planned_at(0)
+
+    def graph_at(self, rank: int) -> Path:
+        return graph_path(self.folder, rank, self.plan.coordinates(rank)["pipeline"])
+
+    def planned_at(self, stage: int) -> Planned:
+        return planned_network(
+            self.plan, precision=self.precision, capacity=self.capacity, stage=stage, options=self.options
+        )
+
+    def backend(self) -> OnnxRuntimeBackend:
+        degrees = self.plan.degrees
+        return open_graphs(self.folder, ranks=degrees.world, stages=degrees.pipeline, precision=self.precision)
 
     def oracle(self, ids_BS: Array) -> Array:
         """Logits [B, S, V] of whole sequences, without a cache."""
@@ -87,15 +102,28 @@ def make_spec() -> Callable[..., Spec]:
 
 @pytest.fixture
 def export(tmp_path: Path) -> Callable[..., Export]:
-    """`export(spec, tensor=2, precision="float16")`: rank graphs with their data in a folder of their own."""
+    """`export(spec, tensor=2, precision="float16")`: rank graphs with their data in a folder of their own. options: of
+    GraphOptions."""
 
-    def write(spec: Spec, *, tensor: int = 1, precision: str = "float32", capacity: int = 32) -> Export:
-        plan = run_passes(spec, Degrees(tensor=tensor))
+    def write(
+        spec: Spec,
+        *,
+        tensor: int = 1,
+        pipeline: int = 1,
+        expert: int = 1,
+        precision: str = "float32",
+        capacity: int = 32,
+        **options: Any,
+    ) -> Export:
+        plan, chosen = (
+            run_passes(spec, Degrees(pipeline=pipeline, expert=expert, tensor=tensor)),
+            GraphOptions(**options),
+        )
         weights = GeneratedWeights(params=plan.program.params(), seed=5)
         folder = tmp_path / f"{precision}-{tensor}-{len(list(tmp_path.iterdir()))}"
-        export_graphs(plan, weights, folder, precision=precision, capacity=capacity)
+        export_graphs(plan, weights, folder, precision=precision, capacity=capacity, options=chosen)
         arrays = {name: weights.read(name).astype(ROUND[precision]) for name in weights.names()}
-        return Export(folder=folder, plan=plan, arrays=arrays, precision=precision, capacity=capacity)
+        return Export(folder=folder, plan=plan, arrays=arrays, precision=precision, capacity=capacity, options=chosen)
 
     return write
 

@@ -28,6 +28,16 @@ def set_attribute(op: str, name: str, value: object) -> Change:
     return change
 
 
+def set_groups(groups: list[int], size: int) -> Change:
+    """Among whom the first collective adds up."""
+
+    def change(model: ModelProto) -> None:
+        set_attribute("DistCollective", "groups", groups)(model)
+        set_attribute("DistCollective", "group_size", size)(model)
+
+    return change
+
+
 def set_input(op: str, index: int, name: str) -> Change:
     def change(model: ModelProto) -> None:
         node = node_of(model.graph, op)
@@ -167,6 +177,8 @@ VIOLATIONS: list[tuple[str, str, Change]] = [
     ("LINT011", "no-root", set_attribute("DistCollective", "root", None)),
     ("LINT011", "no-rank-count", set_attribute("DistCollective", "nb_rank", None)),
     ("LINT011", "groups-without-size", set_attribute("DistCollective", "groups", [0, 1])),
+    ("LINT011", "groups-of-all-ranks", set_groups([0, 1, 2, 3], 2)),
+    ("LINT011", "groups-with-a-rank-twice", set_groups([1, 1], 2)),
     ("LINT011", "domain", set_domain),
     ("LINT012", "unused-input", add_input("lengths")),
     ("LINT013", "no-shape", forget_shape),
