@@ -30,7 +30,6 @@ def merge_ranks(folder: Path, *, stage: int = 0) -> onnx.ModelProto:
     """
     models = load_ranks(folder, stage)
     merged = onnx.ModelProto(ir_version=models[0].ir_version, producer_name=models[0].producer_name)
-    merged.opset_import.extend(o for o in models[0].opset_import if o.domain != DOMAIN)
     merged.graph.name = f"stage{stage}_merged"
     pieces = [_pieces(model.graph) for model in models]
     _check_collectives(pieces, folder)
@@ -42,6 +41,8 @@ def merge_ranks(folder: Path, *, stage: int = 0) -> onnx.ModelProto:
             merged.graph.node.extend(_renamed(node, names[rank], rank) for node in pieces[rank][position][:-1])
         ends = [_renamed(pieces[rank][position][-1], names[rank], rank) for rank in range(len(models))]
         merged.graph.node.extend([_sum(ends, names)] if first[-1].op_type == COLLECTIVE else ends)
+    domains = {node.domain for node in merged.graph.node}
+    merged.opset_import.extend(o for o in models[0].opset_import if o.domain != DOMAIN or DOMAIN in domains)
     return merged
 
 
@@ -106,7 +107,7 @@ def _names(graph: onnx.GraphProto, rank: int) -> dict[str, str]:
     for node in graph.node:
         for name in node.output:
             result.setdefault(name, name if node.op_type == COLLECTIVE else f"rank{rank}/{name}")
-    return result
+    return result | {"": ""}  # of optional inputs and outputs that are left out
 
 
 def _join_declarations(merged: onnx.GraphProto, graph: onnx.GraphProto, rank: int, names: dict[str, str]) -> None:

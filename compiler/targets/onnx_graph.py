@@ -6,7 +6,7 @@
 All ranks of a tensor group have the same graph, but for the rank in its metadata; their data differ.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from archwright.compiler.interpreters.onnx_dialects import PORTABLE, Dialect
 from archwright.compiler.interpreters.onnx_ops import (
-    DOMAIN,
     DTYPES,
     OPSET,
     External,
@@ -26,6 +26,7 @@ from archwright.compiler.interpreters.onnx_ops import (
 from archwright.compiler.interpreters.recording import Recording, plain
 from archwright.compiler.ir import Plan, Program, State, Step
 from archwright.compiler.ir.program import instance_of
+from archwright.compiler.passes.fuse import WeightMap, fuse, verify_fused
 from archwright.compiler.targets.rank_data import Placed, write_rank_data
 from archwright.compiler.weights.streaming import Weights
 from archwright.spec import ArchwrightError
@@ -40,12 +41,15 @@ ALIGNMENT = 4096
 class RankGraph:
     """The graph of any rank of a tensor group, and the layout of its data file.
 
-    operations: name of the value (and node) that each operation of the Program gave, in program order.
+    operations: name of the value (and node) that each operation of the Program gave, in program order; "" for one whose
+    value the dialect does not have, since a larger operator computes it on the way.
+    weights: how its parameters are made of the canonical ones.
     """
 
     model: onnx.ModelProto
     layout: tuple[Placed, ...]
     operations: tuple[str, ...]
+    weights: WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +73,13 @@ def export_graphs(
     precision: str,
     capacity: int,
     spec_digest: str = "",
+    dialect: Dialect = PORTABLE,
 ) -> Export:
     """Write `rank{r}/stage0.onnx` and `rank{r}/stage0.data` of every rank into `folder`.
 
     weights: None writes the graphs alone, which is enough to look at shapes and layers.
     precision: float32, float16 or bfloat16, of weights, activations and caches; logits are float32 in each.
-    capacity: rows of the KV caches, at most the model's positions.
+    capacity: rows of the KV caches, at most the model's positions. dialect: which operators the graphs are written in.
     The bytes depend on the arguments alone. Raises ArchwrightError BUILD010 where the capacity is out of range.
     """
     if not 1 <= capacity <= plan.program.max_positions:
@@ -84,12 +89,16 @@ def export_graphs(
             help=f"set build.max_positions to 1..{plan.program.max_positions}",
         )
     degrees = {"tensor": plan.degrees.tensor}
-    graph = emit_graph(plan.local, precision=precision, capacity=capacity, degrees=degrees)
+    if dialect.fusions:
+        splits = {name: site.param.splits for name, site in plan.program.sites().items()}
+        verify_fused(fuse(plan.local, dialect.fusions), splits)
+    graph = emit_graph(plan.local, precision=precision, capacity=capacity, degrees=degrees, dialect=dialect)
     paths: list[Path] = []
     for rank in range(plan.degrees.world):
         path = graph_path(folder, rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         facts = {"spec_digest": spec_digest, "precision": precision, "capacity": capacity, "rank": rank, "stage": 0}
+        facts |= {"target": dialect.target}
         facts |= {f"degrees.{axis}": degree for axis, degree in degrees.items()}
         onnx.helper.set_model_props(graph.model, {f"archwright.{key}": str(value) for key, value in facts.items()})
         path.write_bytes(graph.model.SerializeToString(deterministic=True))
@@ -97,13 +106,17 @@ def export_graphs(
     data: dict[Path, FileEntry] = {}
     if weights is not None:
         files = [path.with_suffix(".data") for path in paths]
-        data = dict(zip(files, write_rank_data(files, graph.layout, plan.program, weights), strict=True))
+        data = dict(zip(files, write_rank_data(files, graph, plan.program, weights), strict=True))
     return Export(graphs=tuple(paths), data=data)
 
 
-def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapping[str, int]) -> RankGraph:
+def emit_graph(
+    program: Program, *, precision: str, capacity: int, degrees: Mapping[str, int], dialect: Dialect = PORTABLE
+) -> RankGraph:
     """The graph of a rank's Program (of local sizes); its initializers point into `stage0.data`."""
     dtype = DTYPES[precision]
+    fused = fuse(program, dialect.fusions)
+    program = fused.program
     ids_BS = _input("input_ids", ir.DataType.INT64, ("batch", "sequence"))
     index = {
         name: _input(name, ir.DataType.INT64, shape)
@@ -116,7 +129,7 @@ def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapp
     names = cache_names(program)
     states = {(path, state): s for path, block in program.states().items() for state, s in block.items()}
     past = {key: _input(f"past.{name}", dtype, _cache_shape(states[key], capacity)) for key, name in names.items()}
-    ops = OnnxOps(precision=precision, capacity=capacity, degrees=degrees, caches={})
+    ops = dialect.ops(precision=precision, capacity=capacity, degrees=degrees, caches={})
     ops.caches = {key: Tensor(value, ops) for key, value in past.items()}
     step = Step(
         positions_BS=Tensor(index["position_ids"], ops),
@@ -129,18 +142,34 @@ def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapp
     for key, name in names.items():
         ops.updated[key].value.name = f"present.{name}"
     outputs = [logits.value, *(ops.updated[key].value for key in names)]
-    layout = _place(ops.externals.values())
+    graph, layout = _graph(ops, [ids_BS, *index.values(), *past.values()], outputs)
+    made = {value.name for node in graph for value in node.outputs}
+    names = [str(result.value.name) for result in recording.results]
+    return RankGraph(
+        model=ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")),
+        layout=layout,
+        operations=tuple(name if name in made else "" for name in names),
+        weights=fused.weights,
+    )
+
+
+def _graph(
+    ops: OnnxOps, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+) -> tuple[ir.Graph, tuple[Placed, ...]]:
+    """The graph of what the ops appended, with the initializers that are read, and where the external ones lie."""
+    nodes = ops.finish(outputs)
+    read = {id(value) for node in nodes for value in node.inputs}
+    layout = _place(external for external in ops.externals.values() if id(external.value) in read)
+    constants = [value for value in ops.constants.values() if id(value) in read]
     graph = ir.Graph(
-        [ids_BS, *index.values(), *past.values()],
+        inputs,
         outputs,
-        nodes=ops.nodes,
-        initializers=[*ops.constants.values(), *(p.external.value for p in layout)],
-        opset_imports={"": OPSET} | ({DOMAIN: 1} if any(degree > 1 for degree in degrees.values()) else {}),
+        nodes=nodes,
+        initializers=[*constants, *(p.external.value for p in layout)],
+        opset_imports={"": OPSET} | {domain: 1 for domain in sorted({node.domain for node in nodes} - {""})},
         name="stage0",
     )
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")
-    operations = tuple(str(result.value.name) for result in recording.results)
-    return RankGraph(model=ir.to_proto(model), layout=layout, operations=operations)
+    return graph, layout
 
 
 def cache_names(program: Program) -> dict[tuple[str, str], str]:

@@ -4,7 +4,7 @@ Each parameter is read once, some rows at a time, and written while the next one
 of rows, and of two parameters whose matrices are stored transposed the whole, in the precision of the files.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ from itertools import product
 from math import prod
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import NUMPY_DTYPES, External
 from archwright.compiler.ir import Param, Program
+from archwright.compiler.passes.fuse import Part, WeightMap
 from archwright.compiler.weights.hashed_file import HashedFile
 from archwright.compiler.weights.streaming import Weights, write_array
 from archwright.spec.manifest import FileEntry
@@ -62,13 +63,22 @@ class Placed:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def write_rank_data(
-    paths: Sequence[Path], layout: Sequence[Placed], program: Program, weights: Weights
-) -> list[FileEntry]:
+class Graph(Protocol):
+    """What a rank's graph says about its data file; see `onnx_graph.RankGraph`."""
+
+    @property
+    def layout(self) -> Sequence[Placed]: ...
+
+    @property
+    def weights(self) -> WeightMap: ...
+
+
+def write_rank_data(paths: Sequence[Path], graph: Graph, program: Program, weights: Weights) -> list[FileEntry]:
     """Write the data file of every rank, and return their hashes and sizes.
 
     program: the global one, whose parameters say how they are split.
     """
+    layout = graph.layout
     params = program.params()
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(path)) for path in paths]
@@ -78,6 +88,8 @@ def write_rank_data(
             source = placed.external.source
             if not isinstance(source, str):
                 pieces = iter([[source()] * len(files)])
+            elif (parts := graph.weights.get(source)) is not None:
+                pieces = iter([_fused(parts, placed, params, weights, len(files))])
             elif (order := placed.external.order) is not None:
                 param = params[source]
                 whole = scratch.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
@@ -171,6 +183,28 @@ def _reordered(whole: Array, order: tuple[int, ...], param: Param, rank: int, sh
     part = whole[tuple(_slices(param, rank)[dim] for dim in order)]
     assert part.size == prod(shape), f"a part is {part.shape}, announced as {shape}"
     return part.reshape(shape)
+
+
+def _fused(
+    parts: Sequence[Part], placed: Placed, params: Mapping[str, Param], weights: Weights, ranks: int
+) -> list[Array]:
+    """Each rank's fused parameter: its pieces of the canonical ones behind each other, scaled in the files' type."""
+    order = placed.external.order or tuple(range(len(placed.shape)))
+    wholes: list[Array] = []
+    for part in parts:
+        param = params[part.name]
+        whole = np.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
+        if len(order) == 1:
+            whole[:] = weights.read(part.name)
+        else:
+            _fill(whole, order, param, weights, part.name)
+        wholes.append(whole if part.scale == 1 else np.multiply(whole, placed.dtype.type(part.scale), out=whole))
+    joined: list[Array] = []
+    for rank in range(ranks):
+        cuts = [tuple(_slices(params[part.name], rank)[dim] for dim in order) for part in parts]
+        pieces = [whole[cut] for whole, cut in zip(wholes, cuts, strict=True)]
+        joined.append(np.concatenate(pieces, axis=order.index(0)))
+    return joined
 
 
 def _transpose(source: Array, target: Array) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from archwright.compiler.targets.merge import merge_ranks
+from archwright.compiler.targets.merge import load_ranks, merge_ranks
+from archwright.compiler.targets.portable_form import as_portable, needs_rewriting
 from archwright.compiler.targets.retype import as_float32
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import Backend, Ids, Logits
@@ -113,20 +114,22 @@ def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRun
 
 def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | None = None) -> OnnxRuntimeBackend:
     """Open the rank graphs in `folder`: one float32 rank as the file itself, anything else as one joined float32
-    graph.
+    graph. What only TensorRT has is said in operators that ONNX Runtime has (`targets.portable_form`).
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
-    if ranks == 1 and precision == "float32":
+    rewritten = needs_rewriting(load_ranks(folder)[0])
+    if ranks == 1 and precision == "float32" and not rewritten:
         source: Any = str(folder / "rank0" / "stage0.onnx")
         title += ", float32"
     else:
         title += " joined" if ranks > 1 else ""
         title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
+        title += ", TensorRT's operators in portable form" if rewritten else ""
         # Made in memory, so it has no place of its own: its weights are looked for from the artifact's folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-        source = as_float32(merge_ranks(folder)).SerializeToString()
+        source = as_float32(as_portable(merge_ranks(folder))).SerializeToString()
     return OnnxRuntimeBackend(open_session(source, options, folder), max_batch=max_batch, description=title)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from archwright.compiler.interpreters.onnx_dialects import PORTABLE, Dialect
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import Plan
@@ -65,12 +66,14 @@ def run_torch(case: Case, module: TorchProgram) -> Outputs:
         )
 
 
-def run_onnx(case: Case, plan: Plan, folder: Path, precision: str = "float32") -> Outputs:
+def run_onnx(
+    case: Case, plan: Plan, folder: Path, precision: str = "float32", dialect: Dialect = PORTABLE
+) -> Outputs:
     """ONNX Runtime through Archwright's own back end: the graph of one rank, or of all ranks joined.
 
     Half-precision graphs are computed in float32 with the weights that they hold.
     """
-    export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity)
+    export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity, dialect=dialect)
     backend = open_graphs(folder, ranks=plan.degrees.world, precision=precision)
 
     def new_forward(batch: int) -> Forward:
