@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from archwright.compiler.interpreters.onnx_dialects import dialect_of
 from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.targets import onnx_graph
 from archwright.compiler.weights.folder import open_folder
@@ -35,6 +36,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
         weights if write_weights else None,
         Path(folder),
         precision=precision,
+        dialect=dialect_of(spec.build),
         capacity=spec.build.max_positions or spec.model.max_positions,
         spec_digest=spec_digest(spec),
     )

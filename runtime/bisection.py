@@ -16,10 +16,12 @@ import numpy as np
 
 from archwright.compiler.ir import Program
 from archwright.compiler.passes import lower
+from archwright.compiler.passes.fuse import fuse
 from archwright.compiler.passes.origin import origin
 from archwright.compiler.reduced import reduced
 from archwright.compiler.tolerances import TOLERANCES, Target, largest_error
 from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.fused import FusedWeights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import Artifact, escapes, is_artifact, read_artifact_manifest
 from archwright.runtime.rank_weights import RankWeights
@@ -167,7 +169,10 @@ def _bisect_artifact(path: Path, progress: Progress) -> Bisection:
     if numeric_scope(whole.spec) == "reduced":
         progress("the model is large: comparing on its spec made small, exported now")
     with computable(whole) as artifact:
-        comparer = _Comparer(path, artifact.spec, artifact.plan.program, RankWeights(artifact), "onnxruntime")
+        # Queries whose scale is folded into their matrix are other values; all else that is fused has the same ones.
+        scaled = fuse(artifact.plan.program, ("scale",) if "scale" in artifact.dialect.fusions else ())
+        weights = FusedWeights(weights=RankWeights(artifact), params=scaled.program.params(), parts=scaled.weights)
+        comparer = _Comparer(path, artifact.spec, scaled.program, weights, "onnxruntime")
         try:
             return comparer.compare(OnnxRun(artifact, comparer.names))
         except ArchwrightError:

@@ -67,6 +67,13 @@ def build(
     load_onnxruntime()
     tensorrt = load_tensorrt() if to == "engine" else None
     opened = _open_source(source, overrides or {})
+    if tensorrt is not None and opened.spec.build.target == "onnxruntime":
+        raise ArchwrightError(
+            "BUILD007",
+            "TensorRT cannot read graphs with `build.target: onnxruntime`, whose operators only ONNX Runtime has",
+            where=str(source),
+            help="use --to onnx, or set build.target to tensorrt or portable",
+        )
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     with atomic_folder(out) as folder:
@@ -162,6 +169,7 @@ def _write(artifact: Artifact, opened: _Source, progress: Progress) -> Export:
         artifact.path,
         precision=artifact.precision,
         capacity=artifact.capacity,
+        dialect=artifact.dialect,
         spec_digest=spec_digest(artifact.spec),
     )
 
@@ -177,7 +185,9 @@ def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) 
     """An engine beside each rank's graph, by its path in the artifact."""
     build = artifact.spec.build
     profiles = default_profiles(build, artifact.capacity)
-    planned = planned_network(artifact.plan, precision=artifact.precision, capacity=artifact.capacity)
+    planned = planned_network(
+        artifact.plan, precision=artifact.precision, capacity=artifact.capacity, dialect=artifact.dialect
+    )
     engines: dict[str, EngineSummary] = {}
     for number, graph in enumerate(artifact.graphs, 1):
         progress(f"building engine {number} of {len(artifact.graphs)} with {tensorrt_title(library)}")

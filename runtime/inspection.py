@@ -56,6 +56,7 @@ def _artifact(path: Path) -> Facts:
         "ranks": len(artifact.graphs),
         **_model_facts(artifact.spec),
         "precision": str(weights.part(first, 0).dtype),
+        **{key: manifest.details.get(key) for key in ("target", "fusions", "portable_layers")},
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),

@@ -1,7 +1,7 @@
 """The weights that lie in an artifact: each rank's part, and the whole tensors that the parts make up."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from archwright.compiler.ir import Param
+from archwright.compiler.passes.fuse import Part
 from archwright.compiler.targets.onnx_graph import emit_graph
 from archwright.compiler.weights.streaming import PRECISIONS, Weights
 from archwright.runtime.artifact import Artifact
@@ -37,7 +38,11 @@ _DTYPES: Mapping[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a rank's part of a parameter lies. natural: of its dims, in the order in which they are stored."""
+    """Where a rank's part of a parameter lies.
+
+    shape: of the initializer that holds it. natural: of its dims, in the order in which they are stored. rows, scale:
+    which of the stored rows are the parameter's, and what they were multiplied by, where it is fused with others.
+    """
 
     file: Path
     offset: int
@@ -45,6 +50,8 @@ class _Place:
     dtype: np.dtype[Any]
     natural: tuple[int, ...]
     order: tuple[int, ...]
+    rows: slice = slice(None)
+    scale: float = 1.0
 
 
 class RankWeights:
@@ -63,6 +70,7 @@ class RankWeights:
             precision=artifact.precision,
             capacity=artifact.capacity,
             degrees={"tensor": plan.degrees.tensor},
+            dialect=artifact.dialect,
         )
         stored = {p.external.source: p for p in emitted.layout if isinstance(p.external.source, str)}
         self._places: list[dict[str, _Place]] = []
@@ -73,10 +81,16 @@ class RankWeights:
                 assert isinstance(name, str)
                 if placed.name not in tensors:
                     raise _wrong(graph, f"has no initializer `{placed.name}`")
-                order = placed.external.order or tuple(range(len(local[name].shape)))
-                places[name] = _place(graph, tensors[placed.name], local[name].shape, order)
-                if places[name].shape != placed.shape or places[name].dtype != PRECISIONS[artifact.precision]:
-                    raise _wrong(graph, f"`{placed.name}` is {places[name].dtype} {list(places[name].shape)}")
+                parts = emitted.weights.get(name, (Part(name=name),))
+                shape = _stacked([local[part.name].shape for part in parts])
+                place = _place(graph, tensors[placed.name], shape, placed.external.order or tuple(range(len(shape))))
+                if place.shape != placed.shape or place.dtype != PRECISIONS[artifact.precision]:
+                    raise _wrong(graph, f"`{placed.name}` is {place.dtype} {list(place.shape)}")
+                start = 0
+                for part in parts:
+                    stop = start + local[part.name].shape[0]
+                    places[part.name] = replace(place, rows=slice(start, stop), scale=part.scale)
+                    start = stop
             self._places.append(places)
 
     def names(self) -> Iterable[str]:
@@ -94,16 +108,22 @@ class RankWeights:
         return whole if slices is None else whole[slices]
 
     def part(self, name: str, rank: int) -> Array:
-        """A view of what a rank has of a parameter, [out, in] as the canonical tensor is."""
+        """What a rank has of a parameter, [out, in] as the canonical tensor is: a view, unless it was scaled."""
         place = self._places[rank][name]
         view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
-        return np.asarray(view).transpose(np.argsort(place.order))
+        part = np.asarray(view).transpose(np.argsort(place.order))[place.rows]
+        return part if place.scale == 1 else part * place.dtype.type(1 / place.scale)
 
     @staticmethod
     def slices(param: Param, rank: int) -> tuple[slice, ...]:
         """Where a rank's part lies in the whole tensor."""
         split = param.split
         return tuple(slice(None) for _ in param.shape) if split is None else split.slices(param.shape, rank)
+
+
+def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of tensors behind each other along dim 0."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tuple[int, ...]) -> _Place:

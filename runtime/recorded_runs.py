@@ -22,6 +22,7 @@ from archwright.compiler.ir.program import instance_of
 from archwright.compiler.passes import run_passes
 from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.onnx_graph import emit_graph
+from archwright.compiler.targets.portable_form import as_portable
 from archwright.compiler.targets.retype import as_float32
 from archwright.compiler.weights.streaming import Weights
 from archwright.runtime.artifact import Artifact
@@ -155,9 +156,9 @@ class OnnxRun(Recorder):
         super().__init__(
             open_graphs(artifact.path, ranks=self._ranks, precision=artifact.precision, max_batch=artifact.max_batch)
         )
-        model = as_float32(merge_ranks(artifact.path))
+        model = as_float32(as_portable(merge_ranks(artifact.path)))
         made = {name for node in model.graph.node for name in node.output}
-        self._values = [_on_ranks(name, made, self._ranks) for name in names if name != LOGITS]
+        self._values = [_on_ranks(name, made, self._ranks) for name in _operations(artifact)]
         self._shapes = _cut(model.graph, {name for each in self._values for name in each if name is not None})
         options = load_onnxruntime().SessionOptions()
         options.log_severity_level = 3  # a run without bound outputs copies the caches, and says so each time
@@ -193,13 +194,32 @@ class OnnxRun(Recorder):
         return ([None if name is None else found[name] for name in names] for names in self._values)
 
 
+def _operations(artifact: Artifact) -> tuple[str, ...]:
+    """The names of the operations' values in an artifact's graphs, "" for those that they do not have.
+
+    Where matrices are fused, their parts of the product stand for the products of the canonical ones.
+    """
+    graph = emit_graph(
+        artifact.plan.local,
+        precision=artifact.precision,
+        capacity=1,
+        degrees={"tensor": artifact.plan.degrees.tensor},
+        dialect=artifact.dialect,
+    )
+    joined = tuple(f"{name.rpartition('.')[0]}/" for name, parts in graph.weights.items() if len(parts) > 1)
+    return tuple(name for name in graph.operations if not name.startswith(joined))
+
+
 def _as_fed(value: Array) -> Array:
     """The oracle's value in the target's type: indices stay integers."""
     return value.astype(np.int64 if np.issubdtype(value.dtype, np.integer) else np.float32)
 
 
 def _on_ranks(name: str, made: set[str], ranks: int) -> tuple[str | None, ...]:
-    """The joined graph's names of a value: one where a collective gave it to all ranks, None where it is missing."""
+    """The joined graph's names of a value: one where a collective gave it to all ranks, None where it is missing; none
+    at all of an operation that is a part of a larger one there."""
+    if not name:
+        return ()
     if name in made:
         return (name,)
     return tuple(each if (each := f"rank{rank}/{name}") in made else None for rank in range(ranks))

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import onnx
 
+from archwright.compiler.interpreters.onnx_dialects import dialect_of
 from archwright.compiler.passes import lower
 from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.linter import lint
@@ -121,8 +122,10 @@ def content_checks(
     scope = numeric_scope(artifact.spec)
     progress("comparing numbers with the oracle" + (", on the reduced spec" if scope == "reduced" else ""))
     try:
+        detail = ", reduced spec" if scope == "reduced" else ""
+        detail += f", {_run_as(artifact.spec)}" if artifact.spec.build.target == "tensorrt" else ""
         for comparison in _numbers(artifact):
-            yield _compared(comparison, scope)
+            yield _compared(comparison, detail)
     except Exception as error:  # ONNX Runtime's exceptions have no class of their own but Exception
         yield _check("numbers", "VERIFY007", [_reason(error)])
 
@@ -178,16 +181,26 @@ def _facts(manifest: Manifest, artifact: Artifact) -> Iterator[str]:
 
 def describe(spec: Spec) -> dict[str, Any]:
     """What the manifest of an artifact repeats from its spec."""
-    parallel = spec.build.parallel
+    parallel, dialect, program = spec.build.parallel, dialect_of(spec.build), lower(spec)
     return {
         "target": spec.build.target,
+        "fusions": list(dialect.fusions),
+        "portable_layers": dialect.portable_layers(program, spec.build.precision),
+        "numbers_run_as": _run_as(spec),
         "precision": spec.build.precision,
         "degrees": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert},
         "capacity": spec.build.max_positions or spec.model.max_positions,
         "max_batch": spec.build.max_batch,
-        "num_parameters": lower(spec).num_params(),
+        "num_parameters": program.num_params(),
         "numbers_checked_on": numeric_scope(spec),
     }
+
+
+def _run_as(spec: Spec) -> str:
+    """What is executed where the numbers are checked: a CPU has neither half precision nor TensorRT's operators."""
+    changes = ["float32 copy"] if spec.build.precision != "float32" else []
+    changes += ["TensorRT's operators in portable form"] if spec.build.target == "tensorrt" else []
+    return ", ".join(changes) or "as written"
 
 
 def _checker(artifact: Artifact) -> Iterator[str]:
@@ -200,7 +213,9 @@ def _checker(artifact: Artifact) -> Iterator[str]:
 
 def _linter(artifact: Artifact) -> Iterator[str]:
     for graph, model in zip(artifact.graphs, load_ranks(artifact.path), strict=True):
-        yield from (f"{graph.parent.name}/{graph.name}: {problem}" for problem in lint(model, graph.parent))
+        yield from (
+            f"{graph.parent.name}/{graph.name}: {problem}" for problem in lint(model, graph.parent, artifact.dialect)
+        )
     merge_ranks(artifact.path)  # raises where the ranks' collectives do not match
 
 
@@ -231,7 +246,9 @@ def computable(artifact: Artifact) -> Iterator[Artifact]:
     with tempfile.TemporaryDirectory(prefix="archwright-reduced-") as name:
         small = Artifact(Path(name), reduced(artifact.spec))
         weights = GeneratedWeights(params=small.plan.program.params(), seed=0)
-        export_graphs(small.plan, weights, small.path, precision=small.precision, capacity=small.capacity)
+        export_graphs(
+            small.plan, weights, small.path, precision=small.precision, capacity=small.capacity, dialect=small.dialect
+        )
         yield small
 
 
@@ -258,7 +275,7 @@ def _not_done(name: str, code: str) -> Check:
     return Check(name=name, code=code, result="not done")
 
 
-def _compared(comparison: Comparison, scope: str) -> Check:
+def _compared(comparison: Comparison, detail: str) -> Check:
     problem = f"{comparison.name}: the error is {comparison.error:.2e}, allowed is {comparison.tolerance:.0e}"
     return Check(
         name=comparison.name,
@@ -267,7 +284,7 @@ def _compared(comparison: Comparison, scope: str) -> Check:
         problems=() if comparison.passed else (problem,),
         error=comparison.error,
         tolerance=comparison.tolerance,
-        detail=comparison.detail + (", reduced spec" if scope == "reduced" else ""),
+        detail=comparison.detail + detail,
     )
 
 

@@ -43,8 +43,8 @@ class FusedSwiGLU(Block):
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
         rows = self.gate_up_proj.weight.shape[0]
         joined: T = m.gate_up_proj(x_BSD)
-        gate, up = ops.channels(joined, 0, rows // 2), ops.channels(joined, rows // 2, rows)
-        return m.down_proj(ops.silu(gate) * up)
+        gate = ops.silu(ops.channels(joined, 0, rows // 2))
+        return m.down_proj(gate * ops.channels(joined, rows // 2, rows))
 
 
 FeedForward = SwiGLU | GELU | FusedSwiGLU

@@ -129,7 +129,9 @@ class TorchProgram(nn.Module):
         self._tables: dict[str, RopeTable] = {
             block.table.key: block.table for _, block in program.blocks() if isinstance(block, Rope)
         }
-        attentions = [block for _, block in program.blocks() if isinstance(block, GroupedQueryAttention | FusedAttention)]
+        attentions = [
+            block for _, block in program.blocks() if isinstance(block, GroupedQueryAttention | FusedAttention)
+        ]
         self._masks = {block.mask for block in attentions}
         self._by_path: dict[str, BlockModule] = {}
         owners: dict[str, BlockModule] = {}

@@ -62,7 +62,9 @@ class _Rewriting:
         if node.op_type == "TRT_KVCacheUpdate":
             _check(node, _UPDATE, num_inputs=3)
             past, new, index = node.input
-            yield helper.make_node("Cast", [index], [f"{node.name}/index"], name=f"{node.name}/index", to=TensorProto.INT64)
+            yield helper.make_node(
+                "Cast", [index], [f"{node.name}/index"], name=f"{node.name}/index", to=TensorProto.INT64
+            )
             inputs = [past, new, f"{node.name}/index"]
             yield helper.make_node("TensorScatter", inputs, node.output, name=node.name, axis=2, mode="linear")
         elif node.op_type == "TRT_Attention":
@@ -72,9 +74,7 @@ class _Rewriting:
                 raise _unknown(node, f"inputs {list(node.input)}")
             if lengths not in self.masks:
                 yield from self._mask(lengths, q, k)
-            yield helper.make_node(
-                "Attention", [q, k, v, self.masks[lengths]], node.output, name=node.name, scale=1.0
-            )
+            yield helper.make_node("Attention", [q, k, v, self.masks[lengths]], node.output, name=node.name, scale=1.0)
         else:
             yield node
 
@@ -116,4 +116,6 @@ def _check(node: NodeProto, expected: dict[str, bytes | int], *, num_inputs: int
 
 def _unknown(node: NodeProto, what: str) -> ArchwrightError:
     help = "build the artifact again with this version of archwright"
-    return ArchwrightError("BUILD023", f"{node.op_type} has {what}, which is not written here", where=node.name, help=help)
+    return ArchwrightError(
+        "BUILD023", f"{node.op_type} has {what}, which is not written here", where=node.name, help=help
+    )

@@ -66,9 +66,7 @@ def run_torch(case: Case, module: TorchProgram) -> Outputs:
         )
 
 
-def run_onnx(
-    case: Case, plan: Plan, folder: Path, precision: str = "float32", dialect: Dialect = PORTABLE
-) -> Outputs:
+def run_onnx(case: Case, plan: Plan, folder: Path, precision: str = "float32", dialect: Dialect = PORTABLE) -> Outputs:
     """ONNX Runtime through Archwright's own back end: the graph of one rank, or of all ranks joined.
 
     Half-precision graphs are computed in float32 with the weights that they hold.

@@ -156,7 +156,9 @@ class OnnxruntimeOps(LengthOps):
         """The operator; its second and third outputs are the caches."""
         y_BSD = self.emit("GroupQueryAttention", inputs, name="attention", shape=shape, domain=MICROSOFT, **attributes)
         pasts = [self.caches[path, name].value for name in ("key", "value")]
-        presents = self._more_outputs([(self._unique("key_update"), pasts[0]), (self._unique("value_update"), pasts[1])])
+        presents = self._more_outputs(
+            [(self._unique("key_update"), pasts[0]), (self._unique("value_update"), pasts[1])]
+        )
         for name, present in zip(("key", "value"), presents, strict=True):
             self.updated[path, name] = Tensor(present, self)
         return y_BSD

@@ -59,7 +59,14 @@ class TensorrtOps(LengthOps):
         assert isinstance(head_dim, int)
         if refusal(mask, head_dim, self.precision) is not None:
             return super().attention(q_BNSH, k_BKLH, v_BKLH, mask=mask, scale=scale, step=step)
-        inputs = [self._scaled(q_BNSH, scale), k_BKLH, v_BKLH, None, None, self._narrow("kv_lengths", lambda: self._ends(step))]
+        inputs = [
+            self._scaled(q_BNSH, scale),
+            k_BKLH,
+            v_BKLH,
+            None,
+            None,
+            self._narrow("kv_lengths", lambda: self._ends(step)),
+        ]
         return self.emit(
             "TRT_Attention", inputs, name="attention", domain=DOMAIN,
             query_form="padded_bhnd", kv_form="padded_bhnd", causal_kind="lower_right",
