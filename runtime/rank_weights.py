@@ -50,7 +50,7 @@ class _Place:
     dtype: np.dtype[Any]
     natural: tuple[int, ...]
     order: tuple[int, ...]
-    rows: slice = slice(None)
+    rows: tuple[int, int]
     scale: float = 1.0
 
 
@@ -89,7 +89,7 @@ class RankWeights:
                 start = 0
                 for part in parts:
                     stop = start + local[part.name].shape[0]
-                    places[part.name] = replace(place, rows=slice(start, stop), scale=part.scale)
+                    places[part.name] = replace(place, rows=(start, stop), scale=part.scale)
                     start = stop
             self._places.append(places)
 
@@ -111,7 +111,7 @@ class RankWeights:
         """What a rank has of a parameter, [out, in] as the canonical tensor is: a view, unless it was scaled."""
         place = self._places[rank][name]
         view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
-        part = np.asarray(view).transpose(np.argsort(place.order))[place.rows]
+        part = np.asarray(view).transpose(np.argsort(place.order))[slice(*place.rows)]
         return part if place.scale == 1 else part * place.dtype.type(1 / place.scale)
 
     @staticmethod
@@ -138,6 +138,7 @@ def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tupl
         dtype=_DTYPES[tensor.data_type],
         natural=tuple(shape[dim] for dim in order),
         order=order,
+        rows=(0, shape[0]),
     )
     if not file.is_file() or place.offset + prod(place.shape) * place.dtype.itemsize > file.stat().st_size:
         raise _wrong(graph, f"`{tensor.name}` lies outside {entries['location']}")

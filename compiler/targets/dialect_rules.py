@@ -24,7 +24,7 @@ def lengths_attention(graph: Graph) -> Problems:
                 yield f"{node.name}: has {attributes(node)}, and not {form}"
     for node in graph.of("TRT_Attention"):
         if given(node.input, 3) or given(node.input, 4) or len(node.input) > 6:
-            yield f"{node.name}: has inputs {list(node.input)}; TensorRT takes no mask beside lengths, nor lengths later"
+            yield f"{node.name}: has inputs {list(node.input)}; its lengths are input 5, without a mask"
         elif not given(node.input, 5) or graph.dtypes.get(node.input[5]) != TensorProto.INT32:
             yield f"{node.name}: has no kv_lengths of int32 as its input 5, so it sees rows that are not written yet"
     for node in graph.of("TRT_KVCacheUpdate"):

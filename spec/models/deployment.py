@@ -105,8 +105,8 @@ class Build(Node):
     """What `archwright build` writes."""
 
     target: Literal["portable", "tensorrt", "onnxruntime"] = "portable"
-    """The dialect of the graphs. portable: read alike by ONNX Runtime and TensorRT. tensorrt, onnxruntime: with operators
-    that only the one has, where a layer can be said with them."""
+    """The dialect of the graphs. portable: read alike by ONNX Runtime and TensorRT. tensorrt, onnxruntime: in operators
+    that only the one has, where a layer can be said in them."""
     fuse: Literal["auto", "none", "all"] = "auto"
     """Which matrices are joined, and the scale of attention folded into them. auto: where it was measured to pay on the
     target; all: wherever nothing is rounded differently."""
