@@ -146,9 +146,10 @@ def test_inspect_says_which_layers_are_portable(
     def layers(target: str, name: str) -> dict[str, str]:
         assert main(["inspect", str(built(target, name)), "--output-format", "json"]) == 0
         facts = json.loads(capsys.readouterr().out)
-        assert facts["target"] == target and facts["portable_layers"] == read_manifest(built(target, name)).details[
-            "portable_layers"
-        ]
+        assert (
+            facts["target"] == target
+            and facts["portable_layers"] == read_manifest(built(target, name)).details["portable_layers"]
+        )
         return {path.split(".")[2]: reason for path, reason in facts["portable_layers"].items()}
 
     single, half = "one rank, float32", "two ranks, bfloat16, all fused"
