@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.numpy_ops import run_numpy
+from archwright.compiler.interpreters.onnx_dialects import PORTABLE, Dialect
 from archwright.compiler.ir import Degrees, Plan
 from archwright.compiler.passes import run_passes
 from archwright.compiler.targets.network_check import Planned, planned_network
@@ -89,11 +90,13 @@ def make_spec() -> Callable[..., Spec]:
 def export(tmp_path: Path) -> Callable[..., Export]:
     """`export(spec, tensor=2, precision="float16")`: rank graphs with their data in a folder of their own."""
 
-    def write(spec: Spec, *, tensor: int = 1, precision: str = "float32", capacity: int = 32) -> Export:
+    def write(
+        spec: Spec, *, tensor: int = 1, precision: str = "float32", capacity: int = 32, dialect: Dialect = PORTABLE
+    ) -> Export:
         plan = run_passes(spec, Degrees(tensor=tensor))
         weights = GeneratedWeights(params=plan.program.params(), seed=5)
         folder = tmp_path / f"{precision}-{tensor}-{len(list(tmp_path.iterdir()))}"
-        export_graphs(plan, weights, folder, precision=precision, capacity=capacity)
+        export_graphs(plan, weights, folder, precision=precision, capacity=capacity, dialect=dialect)
         arrays = {name: weights.read(name).astype(ROUND[precision]) for name in weights.names()}
         return Export(folder=folder, plan=plan, arrays=arrays, precision=precision, capacity=capacity)
 
