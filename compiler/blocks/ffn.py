@@ -1,7 +1,7 @@
 """Feed-forward networks."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from archwright.compiler.blocks.linear import Linear
 from archwright.compiler.ir import Block, Ops, Scope
@@ -43,7 +43,7 @@ class FusedSwiGLU(Block):
     def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
         rows = self.gate_up_proj.weight.shape[0]
         joined: T = m.gate_up_proj(x_BSD)
-        gate = ops.silu(ops.channels(joined, 0, rows // 2))
+        gate: Any = ops.silu(ops.channels(joined, 0, rows // 2))
         return m.down_proj(gate * ops.channels(joined, rows // 2, rows))
 
 

@@ -64,8 +64,7 @@ class Graph:
         """(node, past, present) of every cache that is written; "" for a value that the node lacks."""
         for node in self.nodes:
             for past, present in WRITERS.get(node.op_type, ()):
-                names = node.input[past : past + 1], node.output[present : present + 1]
-                yield node, *("".join(each) for each in names)
+                yield node, "".join(node.input[past : past + 1]), "".join(node.output[present : present + 1])
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:

@@ -9,8 +9,9 @@ length are not seen. What runs on a CPU is therefore the graph and its weights, 
 B batch, S sequence, L visible positions.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -85,7 +86,7 @@ class _Rewriting:
             self._constant(f"{base}/{name}", value) for name, value in (("zero", 0), ("one", 1), ("axes", [1, 2, 3]))
         )
 
-        def made(op: str, inputs: list[str], name: str, **attributes: object) -> NodeProto:
+        def made(op: str, inputs: list[str], name: str, **attributes: Any) -> NodeProto:
             return helper.make_node(op, inputs, [f"{base}/{name}"], name=f"{base}/{name}", **attributes)
 
         for name, source in (("S", q), ("L", k)):
@@ -106,7 +107,7 @@ class _Rewriting:
         return name
 
 
-def _check(node: NodeProto, expected: dict[str, bytes | int], *, num_inputs: int) -> None:
+def _check(node: NodeProto, expected: Mapping[str, bytes | int], *, num_inputs: int) -> None:
     found = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     if found != expected:
         raise _unknown(node, f"attributes {found}")
