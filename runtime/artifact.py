@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from archwright.compiler.interpreters.onnx_dialects import Dialect, dialect_of
 from archwright.compiler.ir import Plan
 from archwright.compiler.passes import degrees_of, run_passes
 from archwright.compiler.targets.onnx_graph import graph_path
@@ -45,6 +46,10 @@ class Artifact:
     def capacity(self) -> int:
         """Rows of the KV caches."""
         return self.spec.build.max_positions or self.spec.model.max_positions
+
+    @property
+    def dialect(self) -> Dialect:
+        return dialect_of(self.spec.build)
 
     @property
     def max_batch(self) -> int:

@@ -8,19 +8,22 @@ B batch, S sequence.
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from archwright.compiler.interpreters.onnx_dialects import PORTABLE
 from archwright.compiler.ir import Degrees, Program
 from archwright.compiler.passes import degrees_of, lower, run_passes
+from archwright.compiler.passes.fuse import fuse
 from archwright.compiler.passes.origin import origin
 from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.stages import DEFAULT_OPTIONS, graph_options
 from archwright.compiler.tolerances import TOLERANCES, Target, largest_error
 from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.fused import FusedWeights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import Artifact, escapes, is_artifact, read_artifact_manifest
 from archwright.runtime.rank_weights import RankWeights
@@ -168,9 +171,12 @@ def _bisect_artifact(path: Path, progress: Progress) -> Bisection:
     if numeric_scope(whole.spec) == "reduced":
         progress("the model is large: comparing on its spec made small, exported now")
     with computable(whole) as artifact:
-        comparer = _Comparer(path, artifact.spec, artifact.plan.program, RankWeights(artifact), "onnxruntime")
+        # Queries whose scale is folded into their matrix are other values; all else that is fused has the same ones.
+        scaled = fuse(artifact.plan.program, ("scale",) if "scale" in artifact.dialect.fusions else ())
+        weights = FusedWeights(weights=RankWeights(artifact), params=scaled.program.params(), parts=scaled.weights)
+        comparer = _Comparer(path, artifact.spec, scaled.program, weights, "onnxruntime")
         try:
-            return comparer.compare(OnnxRun(artifact, comparer.stages))
+            return comparer.compare(OnnxRun(artifact))
         except ArchwrightError:
             raise
         except Exception as error:  # an edited graph can trip whatever reads or runs it
@@ -214,7 +220,9 @@ class _Comparer:
         sharded = target == "onnxruntime"
         plan = run_passes(spec, degrees_of(spec.build.parallel) if sharded else Degrees())
         self._degree = plan.degrees.tensor
-        self.stages = operation_names(plan, spec, graph_options(spec.build) if sharded else DEFAULT_OPTIONS)
+        # By their canonical names, whatever the graphs have fused.
+        options = replace(graph_options(spec.build), dialect=PORTABLE) if sharded else DEFAULT_OPTIONS
+        self.stages = operation_names(plan, spec, options)
         self.names = (*(name for stage in self.stages for name in stage), LOGITS)
         first = [plan.stage_ranks(stage)[0] for stage, own in enumerate(self.stages) for _ in own]
         self._first_ranks = (*first, 0)

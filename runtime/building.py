@@ -67,6 +67,13 @@ def build(
     load_onnxruntime()
     tensorrt = load_tensorrt() if to == "engine" else None
     opened = _open_source(source, overrides or {})
+    if tensorrt is not None and opened.spec.build.target == "onnxruntime":
+        raise ArchwrightError(
+            "BUILD007",
+            "TensorRT cannot read graphs with `build.target: onnxruntime`, whose operators only ONNX Runtime has",
+            where=str(source),
+            help="use --to onnx, or set build.target to tensorrt or portable",
+        )
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     with atomic_folder(out) as folder:

@@ -57,6 +57,7 @@ def _artifact(path: Path) -> Facts:
         **_model_facts(artifact.spec),
         "precision": str(weights.part(first, weights.holders(first)[0]).dtype),
         "logits": artifact.options.logits,
+        **{key: manifest.details.get(key) for key in ("target", "fusions", "portable_layers")},
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),

@@ -1,7 +1,7 @@
 """The weights that lie in an artifact: each rank's part, and the whole tensors that the parts make up."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from archwright.compiler.ir import Param
-from archwright.compiler.targets.onnx_graph import emit_stage
-from archwright.compiler.targets.rank_data import Placed
+from archwright.compiler.passes.fuse import Part
+from archwright.compiler.targets.onnx_graph import RankGraph, emit_stage
 from archwright.compiler.targets.stages import stages_of
 from archwright.compiler.weights.streaming import PRECISIONS, Weights
 from archwright.runtime.artifact import Artifact
@@ -39,7 +39,11 @@ _DTYPES: Mapping[int, np.dtype[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
-    """Where a rank's part of a parameter lies. natural: of its dims, in the order in which they are stored."""
+    """Where a rank's part of a parameter lies.
+
+    shape: of the initializer that holds it. natural: of its dims, in the order in which they are stored. rows, scale:
+    which of the stored rows are the parameter's, and what they were multiplied by, where it is fused with others.
+    """
 
     file: Path
     offset: int
@@ -47,6 +51,8 @@ class _Place:
     dtype: np.dtype[Any]
     natural: tuple[int, ...]
     order: tuple[int, ...]
+    rows: tuple[int, int]
+    scale: float = 1.0
 
 
 class RankWeights:
@@ -65,7 +71,7 @@ class RankWeights:
                 plan, stage, precision=artifact.precision, capacity=artifact.capacity, options=artifact.options
             )
             ranks = plan.stage_ranks(stage.number)
-            self._places += [_places(artifact, artifact.graphs[rank], emitted.layout) for rank in ranks]
+            self._places += [_places(artifact, artifact.graphs[rank], emitted) for rank in ranks]
 
     def holders(self, name: str) -> list[int]:
         """The ranks that store a parameter or a part of it: those of the stages that read it."""
@@ -86,32 +92,44 @@ class RankWeights:
         return whole if slices is None else whole[slices]
 
     def part(self, name: str, rank: int) -> Array:
-        """A view of what a rank has of a parameter, [out, in] as the canonical tensor is."""
+        """What a rank has of a parameter, [out, in] as the canonical tensor is: a view, unless it was scaled."""
         place = self._places[rank][name]
         view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
-        return np.asarray(view).transpose(np.argsort(place.order))
+        part = np.asarray(view).transpose(np.argsort(place.order))[slice(*place.rows)]
+        return part if place.scale == 1 else part * place.dtype.type(1 / place.scale)
 
     def slices(self, param: Param, rank: int) -> tuple[slice, ...]:
         """Where a rank's part lies in the whole tensor."""
         return param.slices(self.coordinates[rank])
 
 
-def _places(artifact: Artifact, graph: Path, layout: Sequence[Placed]) -> dict[str, _Place]:
+def _places(artifact: Artifact, graph: Path, emitted: RankGraph) -> dict[str, _Place]:
     """Canonical name → where its part lies beside a rank's graph, which must have the layout that its stage has."""
     tensors = {t.name: t for t in onnx.load(graph, load_external_data=False).graph.initializer}
     local = artifact.plan.local.params()
     places: dict[str, _Place] = {}
-    for placed in layout:
+    for placed in emitted.layout:
         name = placed.external.source
         if not isinstance(name, str):
             continue
         if placed.name not in tensors:
             raise _wrong(graph, f"has no initializer `{placed.name}`")
-        order = placed.external.order or tuple(range(len(local[name].shape)))
-        places[name] = _place(graph, tensors[placed.name], local[name].shape, order)
-        if places[name].shape != placed.shape or places[name].dtype != PRECISIONS[artifact.precision]:
-            raise _wrong(graph, f"`{placed.name}` is {places[name].dtype} {list(places[name].shape)}")
+        parts = emitted.weights.get(name, (Part(name=name),))
+        shape = _stacked([local[part.name].shape for part in parts])
+        place = _place(graph, tensors[placed.name], shape, placed.external.order or tuple(range(len(shape))))
+        if place.shape != placed.shape or place.dtype != PRECISIONS[artifact.precision]:
+            raise _wrong(graph, f"`{placed.name}` is {place.dtype} {list(place.shape)}")
+        start = 0
+        for part in parts:
+            stop = start + local[part.name].shape[0]
+            places[part.name] = replace(place, rows=(start, stop), scale=part.scale)
+            start = stop
     return places
+
+
+def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    """The shape of tensors behind each other along dim 0."""
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tuple[int, ...]) -> _Place:
@@ -126,6 +144,7 @@ def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tupl
         dtype=_DTYPES[tensor.data_type],
         natural=tuple(shape[dim] for dim in order),
         order=order,
+        rows=(0, shape[0]),
     )
     if not file.is_file() or place.offset + prod(place.shape) * place.dtype.itemsize > file.stat().st_size:
         raise _wrong(graph, f"`{tensor.name}` lies outside {entries['location']}")

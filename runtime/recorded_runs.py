@@ -21,6 +21,7 @@ from archwright.compiler.ir import Plan, Program, Split, Step
 from archwright.compiler.ir.program import instance_of
 from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.onnx_graph import emit_stage
+from archwright.compiler.targets.portable_form import as_portable
 from archwright.compiler.targets.retype import as_float32
 from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, GraphOptions, stages_of
 from archwright.compiler.weights.streaming import Weights
@@ -59,10 +60,17 @@ class Call:
 
 
 def operation_names(plan: Plan, spec: Spec, options: GraphOptions) -> list[tuple[str, ...]]:
-    """Of each stage the name of every operation, in order: those of the nodes that the exporter would write."""
-    precision = spec.build.precision
-    graphs = (emit_stage(plan, stage, precision=precision, capacity=1, options=options) for stage in stages_of(plan))
-    return [each[0].operations for each in graphs]
+    """Of each stage the name of every operation, in order: those of the nodes that the exporter would write.
+
+    "" stands for a value that the graphs do not have. Where matrices are fused, their parts of the product stand for
+    the products of the canonical ones.
+    """
+    found: list[tuple[str, ...]] = []
+    for stage in stages_of(plan):
+        graph, *_ = emit_stage(plan, stage, precision=spec.build.precision, capacity=1, options=options)
+        joined = tuple(f"{name.rpartition('.')[0]}/" for name, parts in graph.weights.items() if len(parts) > 1)
+        found.append(tuple(name for name in graph.operations if not name.startswith(joined)))
+    return found
 
 
 class OracleRun:
@@ -162,9 +170,9 @@ class OnnxRun(Recorder):
     each: what reads it reads a graph input instead.
     """
 
-    def __init__(self, artifact: Artifact, names: Sequence[Sequence[str]]) -> None:
-        """names: of each stage, see `operation_names`."""
+    def __init__(self, artifact: Artifact) -> None:
         super().__init__(open_artifact_graphs(artifact))
+        names = operation_names(artifact.plan, artifact.spec, artifact.options)
         self._stages = [_StageRun(artifact, stage, own) for stage, own in enumerate(names)]
         self._asks_one = artifact.options.logits == "last"
 
@@ -194,7 +202,7 @@ class _StageRun:
         self._tensor = artifact.plan.degrees.tensor
         self.num_operations = len(names)
         ranks = artifact.plan.stage_ranks(stage)
-        model = as_float32(merge_ranks(artifact.path, stage=stage, ranks=ranks))
+        model = as_float32(as_portable(merge_ranks(artifact.path, stage=stage, ranks=ranks)))
         made = {name: node.op_type for node in model.graph.node for name in node.output}
         self._values = [_on_ranks(name, made, ranks) for name in names]
         self._shapes = _cut(model.graph, {name for each in self._values for name in each if name is not None})
@@ -244,10 +252,13 @@ def _as_fed(value: Array) -> Array:
 
 
 def _on_ranks(name: str, made: Mapping[str, str], ranks: Sequence[int]) -> tuple[str | None, ...]:
-    """The joined graph's names of a value: one where a collective gave it to all ranks, None where it is missing.
+    """The joined graph's names of a value: one where a collective gave it to all ranks, None where it is missing; none
+    at all of an operation that is a part of a larger one there.
 
     made: name → operator. Of a group's sum the first rank has the name, which stands for those behind it.
     """
+    if not name:
+        return ()
     if name in made:
         return (name,)
     found: list[str | None] = []

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import onnx
 
+from archwright.compiler.interpreters.onnx_dialects import dialect_of
 from archwright.compiler.passes import lower
 from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.linter import lint
@@ -121,8 +122,10 @@ def content_checks(
     scope = numeric_scope(artifact.spec)
     progress("comparing numbers with the oracle" + (", on the reduced spec" if scope == "reduced" else ""))
     try:
+        detail = ", reduced spec" if scope == "reduced" else ""
+        detail += f", {_run_as(artifact.spec)}" if artifact.spec.build.target == "tensorrt" else ""
         for comparison in _numbers(artifact):
-            yield _compared(comparison, scope)
+            yield _compared(comparison, detail)
     except Exception as error:  # ONNX Runtime's exceptions have no class of their own but Exception
         yield _check("numbers", "VERIFY007", [_reason(error)])
 
@@ -178,18 +181,28 @@ def _facts(manifest: Manifest, artifact: Artifact) -> Iterator[str]:
 
 def describe(spec: Spec) -> dict[str, Any]:
     """What the manifest of an artifact repeats from its spec."""
-    parallel = spec.build.parallel
+    parallel, dialect, program = spec.build.parallel, dialect_of(spec.build), lower(spec)
     return {
         "target": spec.build.target,
+        "fusions": list(dialect.fusions),
+        "portable_layers": dialect.portable_layers(program, spec.build.precision),
+        "numbers_run_as": _run_as(spec),
         "precision": spec.build.precision,
         "degrees": {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "expert": parallel.expert},
         "logits": spec.build.logits,
         "moe": spec.build.moe.kind,
         "capacity": spec.build.max_positions or spec.model.max_positions,
         "max_batch": spec.build.max_batch,
-        "num_parameters": lower(spec).num_params(),
+        "num_parameters": program.num_params(),
         "numbers_checked_on": numeric_scope(spec),
     }
+
+
+def _run_as(spec: Spec) -> str:
+    """What is executed where the numbers are checked: a CPU has neither half precision nor TensorRT's operators."""
+    changes = ["float32 copy"] if spec.build.precision != "float32" else []
+    changes += ["TensorRT's operators in portable form"] if spec.build.target == "tensorrt" else []
+    return ", ".join(changes) or "as written"
 
 
 def _checker(artifact: Artifact) -> Iterator[str]:
@@ -205,7 +218,8 @@ def _linter(artifact: Artifact) -> Iterator[str]:
         ranks = artifact.plan.stage_ranks(stage)
         for rank, model in zip(ranks, load_ranks(artifact.path, stage, ranks), strict=True):
             folder = artifact.graphs[rank].parent
-            yield from (f"{folder.name}/stage{stage}.onnx: {problem}" for problem in lint(model, folder))
+            problems = lint(model, folder, artifact.dialect)
+            yield from (f"{folder.name}/stage{stage}.onnx: {problem}" for problem in problems)
         merge_ranks(artifact.path, stage=stage, ranks=ranks)  # raises where the ranks' collectives do not match
 
 
@@ -268,7 +282,7 @@ def _not_done(name: str, code: str) -> Check:
     return Check(name=name, code=code, result="not done")
 
 
-def _compared(comparison: Comparison, scope: str) -> Check:
+def _compared(comparison: Comparison, detail: str) -> Check:
     problem = f"{comparison.name}: the error is {comparison.error:.2e}, allowed is {comparison.tolerance:.0e}"
     return Check(
         name=comparison.name,
@@ -277,7 +291,7 @@ def _compared(comparison: Comparison, scope: str) -> Check:
         problems=() if comparison.passed else (problem,),
         error=comparison.error,
         tolerance=comparison.tolerance,
-        detail=comparison.detail + (", reduced spec" if scope == "reduced" else ""),
+        detail=comparison.detail + detail,
     )
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from archwright.compiler.blocks.attention import GroupedQueryAttention
+from archwright.compiler.blocks.attention import Attention
 from archwright.compiler.blocks.ffn import FeedForward
 from archwright.compiler.blocks.moe import MixtureOfExperts
 from archwright.compiler.blocks.norm import Norm
@@ -17,7 +17,7 @@ class DecoderLayer(Block):
     """Pre-norm residual layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     input_layernorm: Norm
-    self_attn: GroupedQueryAttention
+    self_attn: Attention
     post_attention_layernorm: Norm
     mlp: FeedForward | MixtureOfExperts
 

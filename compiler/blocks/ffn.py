@@ -1,7 +1,7 @@
 """Feed-forward networks."""
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from archwright.compiler.blocks.linear import Linear
 from archwright.compiler.ir import Block, Ops, Scope
@@ -33,4 +33,18 @@ class GELU(Block):
         return m.fc2(ops.gelu(m.fc1(x_BSD), self.approximation))
 
 
-FeedForward = SwiGLU | GELU
+@dataclass(frozen=True, kw_only=True)
+class FusedSwiGLU(Block):
+    """SwiGLU with one matrix for gate and up: the rows of gate_proj, then as many of up_proj."""
+
+    gate_up_proj: Linear
+    down_proj: Linear
+
+    def forward(self, ops: Ops[T], m: Scope[T], x_BSD: T) -> T:
+        rows = self.gate_up_proj.weight.shape[0]
+        joined: T = m.gate_up_proj(x_BSD)
+        gate: Any = ops.silu(ops.channels(joined, 0, rows // 2))
+        return m.down_proj(gate * ops.channels(joined, rows // 2, rows))
+
+
+FeedForward = SwiGLU | GELU | FusedSwiGLU

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from archwright.compiler.blocks.ffn import SwiGLU
+from archwright.compiler.blocks.ffn import FusedSwiGLU, SwiGLU
 from archwright.compiler.blocks.linear import Linear
 from archwright.compiler.ir import Block, Boundary, Ops, Param, Penalties, Routing, Scope, Step
 
@@ -47,7 +47,7 @@ class MixtureOfExperts(Block):
 
     gate: Linear
     experts: Experts
-    shared_experts: SwiGLU | None
+    shared_experts: SwiGLU | FusedSwiGLU | None
     routing: Routing
     penalties: Penalties
     spread: str | None = None

@@ -169,6 +169,11 @@ class CostOps(MoeCosts):
     def gelu(self, x: Shaped, approximation: str) -> Shaped:
         return x.plain()
 
+    def channels(self, x: Shaped, start: int, stop: int) -> Shaped:
+        if not 0 <= start < stop <= x.shape[-1]:
+            raise Disagreement("IR008", f"channels {start} to {stop} of {x.shape[-1]}")
+        return replace(x.plain(), shape=(*x.shape[:-1], stop - start))
+
     def split_heads(self, x: Shaped, head_dim: int) -> Shaped:
         batch, sequence, width = x.shape
         if width % head_dim:

@@ -60,6 +60,9 @@ class NumpyOps:
             return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
         return 0.5 * x * (1 + np.vectorize(math.erf, otypes=[np.float64])(x / math.sqrt(2)))
 
+    def channels(self, x: Array, start: int, stop: int) -> Array:
+        return x[..., start:stop]
+
     def split_heads(self, x: Array, head_dim: int) -> Array:
         return x.reshape(*x.shape[:2], -1, head_dim).swapaxes(1, 2)
 

@@ -1,5 +1,7 @@
 """ONNX: the Program as a graph in the portable form, which ONNX Runtime and TensorRT read alike.
 
+`onnx_dialects` has other lowerings of some operations, for graphs that one of the two reads.
+
 Caches have a static capacity; TensorScatter writes the new rows, a Slice keeps the L visible ones, and Attention gets
 an explicit boolean mask. TensorRT refuses Attention's own past and present, and ignores `nonpad_kv_seqlen` silently.
 
@@ -52,7 +54,7 @@ class Tensor:
         return sizes_of(self.value)
 
     def __add__(self, other: "Tensor") -> "Tensor":
-        return self.ops.emit("Add", [self, other], name="add")
+        return self.ops.add(self, other)
 
     def __mul__(self, other: "Tensor") -> "Tensor":
         return self.ops.emit("Mul", [self, other], name="mul")
@@ -119,7 +121,7 @@ class OnnxOps(OnnxMoe):
     def emit(
         self,
         op: str,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
         *,
         name: str,
         shape: tuple[Size, ...] | None = None,
@@ -130,8 +132,10 @@ class OnnxOps(OnnxMoe):
     ) -> Tensor:
         """Append a node; it and its output are named `scope/name`. Default shape and dtype: the first input's.
 
-        num_outputs: of which the last is given, and the others have its shape and the first input's dtype.
+        inputs: None where an optional one is left out, the first never. num_outputs: of which the last is given, and
+        the others have its shape and the first input's dtype.
         """
+        assert inputs[0] is not None, "the first input is never left out"
         first = inputs[0].value
         unique = self._unique(name)
         output = ir.Value(
@@ -139,7 +143,7 @@ class OnnxOps(OnnxMoe):
             shape=ir.Shape(inputs[0].shape if shape is None else shape),
             type=ir.TensorType(first.dtype if dtype is None else dtype),  # pyright: ignore[reportArgumentType]
         )
-        values = [x.value for x in inputs]
+        values = [None if x is None else x.value for x in inputs]
         others = [
             ir.Value(name=f"{unique}/{index}", shape=output.shape, type=ir.TensorType(first.dtype))  # pyright: ignore[reportArgumentType]
             for index in range(num_outputs - 1)
@@ -152,6 +156,13 @@ class OnnxOps(OnnxMoe):
         full = f"{path}/{name}" if path else name
         self._names[full] += 1
         return full if self._names[full] == 1 else f"{full}_{self._names[full]}"
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.emit("Add", [x, y], name="add")
+
+    def finish(self, outputs: Sequence[ir.Value]) -> list[ir.Node]:
+        """The nodes of the finished graph; a dialect leaves out those that its own have made needless."""
+        return self.nodes
 
     def _integers(self, *numbers: int) -> Tensor:
         """A constant int64 vector; equal ones are one initializer."""
@@ -273,6 +284,10 @@ class OnnxOps(OnnxMoe):
 
     def gelu(self, x: Tensor, approximation: str) -> Tensor:
         return self.emit("Gelu", [x], name="gelu", approximate=approximation)
+
+    def channels(self, x: Tensor, start: int, stop: int) -> Tensor:
+        inputs = [x, self._integers(start), self._integers(stop), self._integers(-1)]
+        return self.emit("Slice", inputs, name="channels", shape=(*x.shape[:-1], stop - start))
 
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         batch, sequence, width = x.shape

@@ -12,6 +12,7 @@ from torch import nn
 from archwright.compiler.blocks import (
     Embedding,
     Experts,
+    FusedAttention,
     GroupedQueryAttention,
     LanguageModelHead,
     PositionedEmbedding,
@@ -128,7 +129,10 @@ class TorchProgram(nn.Module):
         self._tables: dict[str, RopeTable] = {
             block.table.key: block.table for _, block in program.blocks() if isinstance(block, Rope)
         }
-        self._masks = {block.mask for _, block in program.blocks() if isinstance(block, GroupedQueryAttention)}
+        attentions = [
+            block for _, block in program.blocks() if isinstance(block, GroupedQueryAttention | FusedAttention)
+        ]
+        self._masks = {block.mask for block in attentions}
         self._by_path: dict[str, BlockModule] = {}
         owners: dict[str, BlockModule] = {}
         for segment in program.segments:

@@ -123,6 +123,9 @@ class TorchOps(TorchMoe):
     def gelu(self, x: Tensor, approximation: str) -> Tensor:
         return F.gelu(x, approximate=approximation)
 
+    def channels(self, x: Tensor, start: int, stop: int) -> Tensor:
+        return x[..., start:stop]
+
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         return x.unflatten(-1, (-1, head_dim)).transpose(1, 2)
 

@@ -66,6 +66,10 @@ class Ops(Protocol[T]):
         """x · Φ(x), or with `tanh` GPT-2's formula for it."""
         ...
 
+    def channels(self, x: T, start: int, stop: int) -> T:
+        """The channels [start, stop) of the last dim, of those that this rank has."""
+        ...
+
     def split_heads(self, x: T, head_dim: int) -> T:
         """[B, S, heads · head_dim] → [B, heads, S, head_dim]; the number of heads is inferred, so local sizes work."""
         ...

@@ -5,19 +5,17 @@ lists them.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx
-from onnx import NodeProto, TensorProto, ValueInfoProto
+from onnx import TensorProto
 
+from archwright.compiler.interpreters.onnx_dialects import PORTABLE, Dialect
 from archwright.compiler.interpreters.onnx_ops import DOMAIN, OPSET
-
-Problems = Iterator[str]
-"""One sentence a problem, beginning with the node or value that has it."""
+from archwright.compiler.targets.dialect_rules import grouped_attention, lengths_attention
+from archwright.compiler.targets.linted import Graph, Problems, attributes, given, sizes
 
 ROOTED = ("broadcast", "reduce", "gather", "scatter")
 UNROOTED = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all")
@@ -25,94 +23,39 @@ REDUCING = ("all_reduce", "reduce", "reduce_scatter")
 REDUCE_OPS = ("sum", "prod", "max", "min", "avg")
 
 
-@dataclass(frozen=True)
-class Graph:
-    """A model with what the rules look up."""
-
-    model: onnx.ModelProto
-    folder: Path | None
-
-    @cached_property
-    def nodes(self) -> list[NodeProto]:
-        return list(self.model.graph.node)
-
-    def of(self, op: str) -> list[NodeProto]:
-        return [node for node in self.nodes if node.op_type == op]
-
-    @cached_property
-    def inputs(self) -> dict[str, ValueInfoProto]:
-        return {value.name: value for value in self.model.graph.input}
-
-    @cached_property
-    def outputs(self) -> dict[str, ValueInfoProto]:
-        return {value.name: value for value in self.model.graph.output}
-
-    @cached_property
-    def dtypes(self) -> dict[str, int]:
-        graph = self.model.graph
-        values = (*graph.input, *graph.output, *graph.value_info)
-        return {v.name: v.type.tensor_type.elem_type for v in values} | {t.name: t.data_type for t in graph.initializer}
-
-    @cached_property
-    def needed(self) -> set[str]:
-        """Values that an output depends on."""
-        makers = {name: node for node in self.nodes for name in node.output}
-        found: set[str] = set()
-        waiting = list(self.outputs)
-        while waiting:
-            name = waiting.pop()
-            if name not in found:
-                found.add(name)
-                waiting += makers[name].input if name in makers else []
-        return found
-
-
-def lint(model: onnx.ModelProto, folder: Path | None = None) -> list[str]:
+def lint(model: onnx.ModelProto, folder: Path | None = None, dialect: Dialect = PORTABLE) -> list[str]:
     """What is wrong with a graph: one line a problem, `LINT006 model.layers.0.self_attn/attention: has no scale ...`.
 
     folder: where the graph's file lies, to look at its external data; without it only their names are checked.
+    dialect: whose operators the graph may have.
     """
-    graph = Graph(model, folder)
+    graph = Graph(model, folder, dialect)
     return [f"{code} {problem}" for code, rule in RULES.items() for problem in rule(graph)]
-
-
-def _attributes(node: NodeProto) -> dict[str, Any]:
-    values = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
-
-
-def _given(names: Any, index: int) -> bool:
-    return len(names) > index and names[index] != ""
-
-
-def _sizes(value: ValueInfoProto) -> list[int | str]:
-    dims = value.type.tensor_type.shape.dim
-    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in dims]
 
 
 def opset(graph: Graph) -> Problems:
     versions = {entry.domain: entry.version for entry in graph.model.opset_import}
     if versions.get("") != OPSET:
         yield f"opset: is {versions.get('')}; TensorScatter and this form of Attention need {OPSET}"
-    for domain in versions.keys() - {"", DOMAIN}:
-        yield f"opset: imports `{domain}`; other domains are not portable"
+    for domain in versions.keys() - {"", *graph.dialect.domains}:
+        yield f"opset: imports `{domain}`, which no graph of target {graph.dialect.target} has"
 
 
 def attention_lengths(graph: Graph) -> Problems:
     for node in graph.of("Attention"):
-        if _given(node.input, 6):
+        if given(node.input, 6):
             yield f"{node.name}: has `nonpad_kv_seqlen`, which TensorRT accepts and ignores; use an explicit mask"
 
 
 def attention_causal(graph: Graph) -> Problems:
     for node in graph.of("Attention"):
-        if _attributes(node).get("is_causal", 0):
+        if attributes(node).get("is_causal", 0):
             yield f"{node.name}: has is_causal; its triangle starts at row 0 of the cache, and TensorRT refuses a mask"
 
 
 def attention_mask(graph: Graph) -> Problems:
     for node in graph.of("Attention"):
-        if not _given(node.input, 3):
+        if not given(node.input, 3):
             yield f"{node.name}: has no mask, so it sees rows of the cache that are not written yet"
         elif graph.dtypes.get(node.input[3]) != TensorProto.BOOL:
             yield f"{node.name}: its mask is not boolean"
@@ -120,42 +63,42 @@ def attention_mask(graph: Graph) -> Problems:
 
 def attention_cache(graph: Graph) -> Problems:
     for node in graph.of("Attention"):
-        if _given(node.input, 4) or _given(node.input, 5):
+        if given(node.input, 4) or given(node.input, 5):
             yield f"{node.name}: has past inputs, which TensorRT refuses; write the cache with TensorScatter"
-        if any(_given(node.output, index) for index in range(1, len(node.output))):
+        if any(given(node.output, index) for index in range(1, len(node.output))):
             yield f"{node.name}: has more than one output, which TensorRT refuses"
 
 
 def attention_scale(graph: Graph) -> Problems:
     for node in graph.of("Attention"):
-        if "scale" not in _attributes(node):
+        if "scale" not in attributes(node):
             yield f"{node.name}: has no scale; TensorRT would spread its root over Q and K in many small layers"
 
 
 def attention_extras(graph: Graph) -> Problems:
     for node in graph.of("Attention"):
-        for name in sorted(_attributes(node).keys() & {"softcap", "softmax_precision", "qk_matmul_output_mode"}):
+        for name in sorted(attributes(node).keys() & {"softcap", "softmax_precision", "qk_matmul_output_mode"}):
             yield f"{node.name}: has {name}, which TensorRT refuses"
 
 
 def static_cache(graph: Graph) -> Problems:
-    for node in graph.of("TensorScatter"):
-        value = graph.inputs.get(node.input[0])
-        if value is not None and not all(isinstance(size, int) for size in _sizes(value)[1:]):
-            yield f"{node.input[0]}: is {_sizes(value)}; TensorRT needs a cache that is static in all but the batch"
+    for _, past, _ in graph.writes():
+        value = graph.inputs.get(past)
+        if value is not None and not all(isinstance(size, int) for size in sizes(value)[1:]):
+            yield f"{past}: is {sizes(value)}; TensorRT needs a cache that is static in all but the batch"
 
 
 def aliased_cache(graph: Graph) -> Problems:
     readers = Counter(name for node in graph.nodes for name in node.input)
-    written = {node.input[0] for node in graph.of("TensorScatter")}
+    written = {past for _, past, _ in graph.writes()}
     for name in graph.inputs:
         if "past." in name and name not in written:
-            yield f"{name}: is a cache that no TensorScatter writes"
+            yield f"{name}: is a cache that nothing writes"
     for node in graph.of("TensorScatter"):
-        past, present = node.input[0], node.output[0]
-        attributes = _attributes(node)
-        if attributes.get("axis") != 2 or attributes.get("mode", "linear") != "linear":
+        values = attributes(node)
+        if values.get("axis") != 2 or values.get("mode", "linear") != "linear":
             yield f"{node.name}: must write with axis 2 and mode linear"
+    for node, past, present in graph.writes():
         if past not in graph.inputs:
             yield f"{node.name}: its cache `{past}` is not a graph input"
         elif present not in graph.outputs:
@@ -164,7 +107,7 @@ def aliased_cache(graph: Graph) -> Problems:
             yield f"{node.name}: `{past}` and `{present}` cannot share memory: their names or types do not match"
         elif readers[past] > 1:
             yield f"{node.name}: `{past}` is read by another node too, so it cannot be written in place"
-        if not _given(node.input, 2):
+        if node.op_type != "GroupQueryAttention" and not given(node.input, 2):
             yield f"{node.name}: has no write_indices, so it writes every row of the batch at 0"
 
 
@@ -175,13 +118,13 @@ def rotary_tables(graph: Graph) -> Problems:
             yield f"{node.name}: its tables do not have the type of x"
         elif x != TensorProto.FLOAT:
             yield f"{node.name}: does not rotate in float32, so long positions lose their phase"
-        if not _given(node.input, 3):
+        if not given(node.input, 3):
             yield f"{node.name}: has no position_ids; TensorRT and caches need them"
 
 
 def collective_attributes(graph: Graph) -> Problems:
     for node in graph.of("DistCollective"):
-        a = _attributes(node)
+        a = attributes(node)
         kind, reduce_op = a.get("collective_operation"), a.get("reduce_op")
         if node.domain != DOMAIN:
             yield f"{node.name}: is in domain `{node.domain}`; ONNX's checker accepts it in `{DOMAIN}` only"
@@ -221,7 +164,7 @@ def typed_ends(graph: Graph) -> Problems:
         tensor = value.type.tensor_type
         if not tensor.elem_type or not tensor.HasField("shape"):
             yield f"{name}: has no type or no shape; TensorRT then refuses the model"
-        elif any(size == "" for size in _sizes(value)):
+        elif any(size == "" for size in sizes(value)):
             yield f"{name}: has a size without a name"
 
 
@@ -275,4 +218,6 @@ RULES: Mapping[str, Callable[[Graph], Problems]] = {
     "LINT014": unique_names,
     "LINT015": engine_attributes,
     "LINT016": external_data,
+    "LINT017": lengths_attention,
+    "LINT018": grouped_attention,
 }

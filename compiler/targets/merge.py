@@ -37,7 +37,6 @@ def merge_ranks(folder: Path, *, stage: int = 0, ranks: Sequence[int] | None = N
     numbers = rank_numbers(folder) if ranks is None else ranks
     models = load_ranks(folder, stage, numbers)
     merged = onnx.ModelProto(ir_version=models[0].ir_version, producer_name=models[0].producer_name)
-    merged.opset_import.extend(o for o in models[0].opset_import if o.domain != DOMAIN)
     merged.graph.name = f"stage{stage}_merged"
     pieces = [_pieces(model.graph) for model in models]
     _check_collectives(pieces, numbers, folder)
@@ -49,6 +48,8 @@ def merge_ranks(folder: Path, *, stage: int = 0, ranks: Sequence[int] | None = N
             merged.graph.node.extend(_renamed(node, names[index], rank) for node in pieces[index][position][:-1])
         ends = [_renamed(pieces[index][position][-1], names[index], rank) for index, rank in enumerate(numbers)]
         merged.graph.node.extend(_sums(ends) if ends[0].op_type == COLLECTIVE else ends)
+    domains = {node.domain for node in merged.graph.node}
+    merged.opset_import.extend(o for o in models[0].opset_import if o.domain != DOMAIN or DOMAIN in domains)
     return merged
 
 
@@ -142,7 +143,7 @@ def _names(graph: onnx.GraphProto, index: int, ranks: Sequence[int]) -> dict[str
             place = "" if len(group) == len(ranks) else f"rank{ranks[group[0]]}/"
         for name in node.output:
             result.setdefault(name, place + name)
-    return result
+    return result | {"": ""}  # of optional inputs and outputs that are left out
 
 
 def _join_declarations(merged: onnx.GraphProto, graph: onnx.GraphProto, rank: int, names: dict[str, str]) -> None:

@@ -24,13 +24,16 @@ TYPES: Mapping[int, str] = {
 }
 """ONNX → TensorRT, for the inputs and outputs of our graphs."""
 
-LAYERS: Mapping[str, str] = {
-    "Attention": "ATTENTION_INPUT",
-    "TensorScatter": "KV_CACHE_UPDATE",
-    "RotaryEmbedding": "ROTARY_EMBEDDING",
-    COLLECTIVE: "DIST_COLLECTIVE",
+ATTENTION, CACHE = "ATTENTION_INPUT", "KV_CACHE_UPDATE"
+LAYERS: Mapping[str, tuple[str, ...]] = {
+    ATTENTION: ("Attention", "TRT_Attention"),
+    CACHE: ("TensorScatter", "TRT_KVCacheUpdate"),
+    "ROTARY_EMBEDDING": ("RotaryEmbedding",),
+    "DIST_COLLECTIVE": (COLLECTIVE,),
 }
-"""Operators that must arrive in the network one to one."""
+"""Layers, and the operators that must arrive in the network as such one to one."""
+LENGTHS_INPUT = 6
+"""Of an attention layer: the lengths of keys and values. The parser drops them where they stand at a wrong input."""
 
 
 PLANNED_TYPES: Mapping[str, str] = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
@@ -41,6 +44,7 @@ class Planned:
     """What a plan says of a rank's network, read off the Program and not off any graph.
 
     caches: name (`0.key`) → the sizes of past and present, None for those that a call decides.
+    with_lengths: of the attentions, those that read how many keys each row has, in place of a mask.
     """
 
     inputs: Mapping[str, str]
@@ -48,6 +52,7 @@ class Planned:
     caches: Mapping[str, tuple[int | None, ...]]
     collectives: int
     attentions: int
+    with_lengths: int = 0
 
 
 def planned_network(
@@ -64,12 +69,16 @@ def planned_network(
         name: tuple(size if isinstance(size, int) else None for size in inputs[f"past.{name}"].shape)
         for name in part.caches.values()
     }
+    attentions = sum(cost.op == "attention" for cost in costs)
+    dialect = options.dialect
+    masked = len(dialect.portable_layers(part.program, precision)) if dialect.target == "tensorrt" else attentions
     return Planned(
         inputs={name: PLANNED_TYPES[spec.dtype] for name, spec in inputs.items()},
         outputs={name: PLANNED_TYPES[spec.dtype] for name, spec in outputs.items()},
         caches=caches,
         collectives=sum(any(not each.backward for each in cost.collectives) for cost in costs),
-        attentions=sum(cost.op == "attention" for cost in costs),
+        attentions=attentions,
+        with_lengths=attentions - masked,
     )
 
 
@@ -98,17 +107,24 @@ def check_network(network: Any, graph: onnx.GraphProto, planned: Planned) -> lis
                 problems.append(f"{kind} `{value.name}` has no effect on any output")
     operators, types = Counter(node.op_type for node in graph.node), layer_types(network)
     problems += [
-        f"{operators[op]} {op} became {types.get(layer, 0)} {layer} layers"
-        for op, layer in LAYERS.items()
-        if operators[op] != types.get(layer, 0)
+        f"{sum(operators[op] for op in ops)} {' and '.join(ops)} became {types.get(layer, 0)} {layer} layers"
+        for layer, ops in LAYERS.items()
+        if sum(operators[op] for op in ops) != types.get(layer, 0)
     ]
     for layer in layers_of(network):
-        if layer.type.name == LAYERS["TensorScatter"]:
+        if layer.type.name == CACHE:
             past, present = layer.get_input(0).name, layer.get_output(0).name
             if past not in inputs or present not in outputs or past.replace("past.", "present.") != present:
                 problems.append(f"cache `{past}` is not updated in place (its result is `{present}`)")
     problems += _against_plan(inputs, outputs, types, planned)
+    found = sum(_has_lengths(layer) for layer in layers_of(network) if layer.type.name == ATTENTION)
+    if found != planned.with_lengths:
+        problems.append(f"{found} attentions read the lengths of their rows, planned are {planned.with_lengths}")
     return problems
+
+
+def _has_lengths(layer: Any) -> bool:
+    return layer.num_inputs > LENGTHS_INPUT and layer.get_input(LENGTHS_INPUT) is not None
 
 
 def _used(network: Any, outputs: Mapping[str, Any]) -> set[str]:
@@ -144,9 +160,9 @@ def _against_plan(
             if tensor is not None and list(tensor.shape) != shape:
                 yield f"`{tensor.name}` is {list(tensor.shape)}, planned is {shape}"
     for layer, number in (
-        (LAYERS[COLLECTIVE], planned.collectives),
-        (LAYERS["TensorScatter"], len(planned.caches)),
-        (LAYERS["Attention"], planned.attentions),
+        ("DIST_COLLECTIVE", planned.collectives),
+        (CACHE, len(planned.caches)),
+        (ATTENTION, planned.attentions),
     ):
         if types.get(layer, 0) != number:
             yield f"there are {types.get(layer, 0)} {layer} layers, planned are {number}"

@@ -8,8 +8,8 @@ All ranks of a tensor group have the same graph, but for the rank in its metadat
 elsewhere on the expert axis have the same but for the numbers of their experts and of the ranks that they add up with.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import onnx
 import onnx_ir as ir
 
 from archwright.compiler.interpreters.onnx_ops import (
-    DOMAIN,
     DTYPES,
     OPSET,
     External,
@@ -25,8 +24,9 @@ from archwright.compiler.interpreters.onnx_ops import (
     Tensor,
 )
 from archwright.compiler.interpreters.recording import Recording, plain
-from archwright.compiler.ir import Plan, Step
+from archwright.compiler.ir import Plan, Program, Step
 from archwright.compiler.ir.program import instance_of
+from archwright.compiler.passes.fuse import WeightMap, fuse, verify_fused
 from archwright.compiler.targets.rank_data import Placed, write_rank_data
 from archwright.compiler.targets.stages import (
     DEFAULT_OPTIONS,
@@ -53,12 +53,15 @@ ALIGNMENT = 4096
 class RankGraph:
     """The graph of any rank of a tensor group, and the layout of its data file.
 
-    operations: name of the value (and node) that each operation of the Program gave, in program order.
+    operations: name of the value (and node) that each operation of the Program gave, in program order; "" for one whose
+    value the dialect does not have, since a larger operator computes it on the way.
+    weights: how its parameters are made of the canonical ones.
     """
 
     model: onnx.ModelProto
     layout: tuple[Placed, ...]
     operations: tuple[str, ...]
+    weights: WeightMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +91,7 @@ def export_graphs(
 
     weights: None writes the graphs alone, which is enough to look at shapes and layers.
     precision: float32, float16 or bfloat16, of weights, activations and caches; logits are float32 in each.
-    capacity: rows of the KV caches, at most the model's positions.
+    capacity: rows of the KV caches, at most the model's positions. dialect: which operators the graphs are written in.
     The bytes depend on the arguments alone. Raises ArchwrightError BUILD010 where the capacity is out of range.
     """
     if not 1 <= capacity <= plan.program.max_positions:
@@ -97,8 +100,12 @@ def export_graphs(
             f"a cache of {capacity} positions does not fit a model of {plan.program.max_positions}",
             help=f"set build.max_positions to 1..{plan.program.max_positions}",
         )
+    dialect = options.dialect
+    if dialect.fusions:
+        splits = {name: site.param.splits for name, site in plan.program.sites().items()}
+        verify_fused(fuse(plan.local, dialect.fusions), splits)
     axes = {"pipeline": plan.degrees.pipeline, "expert": plan.degrees.expert, "tensor": plan.degrees.tensor}
-    fixed = {"spec_digest": spec_digest, "precision": precision, "capacity": capacity}
+    fixed = {"spec_digest": spec_digest, "precision": precision, "capacity": capacity, "target": dialect.target}
     fixed |= {f"degrees.{axis}": degree for axis, degree in axes.items()}
     paths: list[Path] = []
     data: dict[Path, FileEntry] = {}
@@ -114,7 +121,7 @@ def export_graphs(
         if weights is not None:
             files = [path.with_suffix(".data") for path in own]
             places = [plan.coordinates(rank) for rank in ranks]
-            entries = write_rank_data(files, graphs[0].layout, plan.program, weights, places)
+            entries = write_rank_data(files, graphs[0], plan.program, weights, places)
             data |= dict(zip(files, entries, strict=True))
         paths += own
     return Export(graphs=tuple(paths), data=data)
@@ -147,9 +154,11 @@ def emit_graph(
 
     degrees: of the stage's mesh. ranks: where the rank stands on the axes whose ranks have different graphs (expert).
     """
+    fused = fuse(stage.program, options.dialect.fusions)
+    stage = _with_program(stage, fused.program)
     specs = stage.inputs(precision=precision, capacity=capacity, options=options)
     inputs = {name: _input(name, spec) for name, spec in specs.items()}
-    ops = OnnxOps(
+    ops = options.dialect.ops(
         precision=precision, capacity=capacity, degrees=degrees, caches={}, moe=options.moe, ranks=ranks or {}
     )
     ops.caches = {key: Tensor(inputs[f"past.{name}"], ops) for key, name in stage.caches.items()}
@@ -170,18 +179,44 @@ def emit_graph(
         result = ops.emit("Identity", [result], name=stage.result)
     for key, name in stage.caches.items():
         ops.updated[key].value.name = f"present.{name}"
-    layout = _place(ops.externals.values(), f"stage{stage.number}.data")
-    graph = ir.Graph(
-        list(inputs.values()),
-        [result.value, *(ops.updated[key].value for key in stage.caches)],
-        nodes=ops.nodes,
-        initializers=[*ops.constants.values(), *(p.external.value for p in layout)],
-        opset_imports={"": OPSET} | ({DOMAIN: 1} if any(degree > 1 for degree in degrees.values()) else {}),
-        name=f"stage{stage.number}",
+    outputs = [result.value, *(ops.updated[key].value for key in stage.caches)]
+    graph, layout = _graph(ops, list(inputs.values()), outputs, f"stage{stage.number}")
+    made = {value.name for node in graph for value in node.outputs}
+    names = [str(result.value.name) for result in recording.results]
+    return RankGraph(
+        model=ir.to_proto(ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")),
+        layout=layout,
+        operations=tuple(name if name in made else "" for name in names),
+        weights=fused.weights,
     )
-    model = ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")
-    operations = tuple(str(result.value.name) for result in recording.results)
-    return RankGraph(model=ir.to_proto(model), layout=layout, operations=operations)
+
+
+def _with_program(stage: Stage, program: Program) -> Stage:
+    """The stage after passes that change its Program. Parameters that it still has keep their canonical names."""
+    sites = {
+        place: replace(site, name=known.name, owner=known.owner) if (known := stage.sites.get(place)) else site
+        for place, site in program.sites().items()
+    }
+    return replace(stage, program=program, sites=sites)
+
+
+def _graph(
+    ops: OnnxOps, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], name: str
+) -> tuple[ir.Graph, tuple[Placed, ...]]:
+    """The graph of what the ops appended, with the initializers that are read, and where the external ones lie."""
+    nodes = ops.finish(outputs)
+    read = {id(value) for node in nodes for value in node.inputs}
+    layout = _place((external for external in ops.externals.values() if id(external.value) in read), f"{name}.data")
+    constants = [value for value in ops.constants.values() if id(value) in read]
+    graph = ir.Graph(
+        inputs,
+        outputs,
+        nodes=nodes,
+        initializers=[*constants, *(p.external.value for p in layout)],
+        opset_imports={"": OPSET} | {domain: 1 for domain in sorted({node.domain for node in nodes} - {""})},
+        name=name,
+    )
+    return graph, layout
 
 
 def _input(name: str, spec: TensorSpec) -> ir.Value:

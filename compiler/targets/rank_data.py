@@ -12,13 +12,14 @@ from itertools import product
 from math import prod
 from os import cpu_count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import NUMPY_DTYPES, External
 from archwright.compiler.ir import Param, Program
+from archwright.compiler.passes.fuse import Part, WeightMap
 from archwright.compiler.weights.hashed_file import HashedFile
 from archwright.compiler.weights.streaming import Weights, write_array
 from archwright.spec.manifest import FileEntry
@@ -62,17 +63,24 @@ class Placed:
         return prod(self.shape) * self.dtype.itemsize
 
 
+class Graph(Protocol):
+    """What a rank's graph says about its data file; see `onnx_graph.RankGraph`."""
+
+    @property
+    def layout(self) -> Sequence[Placed]: ...
+
+    @property
+    def weights(self) -> WeightMap: ...
+
+
 def write_rank_data(
-    paths: Sequence[Path],
-    layout: Sequence[Placed],
-    program: Program,
-    weights: Weights,
-    places: Sequence[Mapping[str, int]],
+    paths: Sequence[Path], graph: Graph, program: Program, weights: Weights, places: Sequence[Mapping[str, int]]
 ) -> list[FileEntry]:
     """Write the data file of every rank of a stage, and return their hashes and sizes.
 
     program: the global one, whose parameters say how they are split. places: of each rank, mesh axis → coordinate.
     """
+    layout = graph.layout
     params = program.params()
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(path)) for path in paths]
@@ -82,12 +90,14 @@ def write_rank_data(
             source = placed.external.source
             if not isinstance(source, str):
                 pieces = iter([[source()] * len(files)])
+            elif (parts := graph.weights.get(source)) is not None:
+                pieces = iter([_fused(parts, placed, params, weights, places)])
             elif (order := placed.external.order) is not None:
                 param = params[source]
                 whole = scratch.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
                 _fill(whole, order, param, weights, source)
-                parts = [param.slices(place) for place in places]
-                pieces = iter([[_reordered(whole, order, part, placed.shape) for part in parts]])
+                cuts = [param.slices(place) for place in places]
+                pieces = iter([[_reordered(whole, order, cut, placed.shape) for cut in cuts]])
             else:
                 pieces = _rows(params[source], weights, source, places)
             for number, arrays in enumerate(pieces):
@@ -176,6 +186,32 @@ def _reordered(whole: Array, order: tuple[int, ...], own: tuple[slice, ...], sha
     part = whole[tuple(own[dim] for dim in order)]
     assert part.size == prod(shape), f"a part is {part.shape}, announced as {shape}"
     return part.reshape(shape)
+
+
+def _fused(
+    parts: Sequence[Part],
+    placed: Placed,
+    params: Mapping[str, Param],
+    weights: Weights,
+    places: Sequence[Mapping[str, int]],
+) -> list[Array]:
+    """Each rank's fused parameter: its pieces of the canonical ones behind each other, scaled in the files' type."""
+    order = placed.external.order or tuple(range(len(placed.shape)))
+    wholes: list[Array] = []
+    for part in parts:
+        param = params[part.name]
+        whole = np.empty(tuple(param.shape[dim] for dim in order), placed.dtype)
+        if len(order) == 1:
+            whole[:] = weights.read(part.name)
+        else:
+            _fill(whole, order, param, weights, part.name)
+        wholes.append(whole if part.scale == 1 else np.multiply(whole, placed.dtype.type(part.scale), out=whole))
+    joined: list[Array] = []
+    for place in places:
+        cuts = [tuple(params[part.name].slices(place)[dim] for dim in order) for part in parts]
+        pieces = [whole[cut] for whole, cut in zip(wholes, cuts, strict=True)]
+        joined.append(np.concatenate(pieces, axis=order.index(0)))
+    return joined
 
 
 def _transpose(source: Array, target: Array) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from archwright.compiler.interpreters.onnx_dialects import PORTABLE, Dialect, dialect_of
 from archwright.compiler.ir import Plan, Program, State
 from archwright.compiler.ir.program import Site
 from archwright.spec import Spec
@@ -35,18 +36,20 @@ class GraphOptions:
     """What a build chooses about its graphs, beside precision and capacity.
 
     logits: `all` gives [B, S, V]; with `last` the input `logit_index` [B] says which token of each row they are wanted
-    of, [B, 1, V]. moe: the form of experts, see `interpreters.onnx_moe`.
+    of, [B, 1, V]. moe: the form of experts, see `interpreters.onnx_moe`. dialect: which operators they are written in,
+    and which matrices are one.
     """
 
     logits: Literal["all", "last"] = "all"
     moe: Literal["dense", "gathered"] = "dense"
+    dialect: Dialect = PORTABLE
 
 
 DEFAULT_OPTIONS = GraphOptions()
 
 
 def graph_options(build: Build) -> GraphOptions:
-    return GraphOptions(logits=build.logits, moe=build.moe.kind)
+    return GraphOptions(logits=build.logits, moe=build.moe.kind, dialect=dialect_of(build))
 
 
 def gathered_values(spec: Spec) -> int:

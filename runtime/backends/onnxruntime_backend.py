@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from archwright.compiler.targets.merge import merge_ranks
+from archwright.compiler.targets.merge import load_ranks, merge_ranks
 from archwright.compiler.targets.onnx_graph import graph_path
+from archwright.compiler.targets.portable_form import as_portable, needs_rewriting
 from archwright.compiler.targets.retype import as_float32
 from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, LOGITS, result_name
 from archwright.runtime.artifact import Artifact
@@ -175,7 +176,7 @@ def open_graphs(
     gathered_bytes: int = 0,
 ) -> OnnxRuntimeBackend:
     """Open the rank graphs in `folder`: of each stage one float32 rank as the file itself, anything else as one joined
-    float32 graph.
+    float32 graph. What only TensorRT has is said in operators that ONNX Runtime has (`targets.portable_form`).
 
     ranks: in all; each of the `stages` has equally many. gathered_bytes: see `OnnxRuntimeBackend`.
     """
@@ -186,15 +187,18 @@ def open_graphs(
     title += f" in {stages} stages" if stages > 1 else ""
     title += " joined" if each > 1 else ""
     title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
-    if each > 1 or precision != "float32":
+    rewritten = needs_rewriting(load_ranks(folder, 0, [0])[0])
+    title += ", TensorRT's operators in portable form" if rewritten else ""
+    as_files = each == 1 and precision == "float32" and not rewritten
+    if not as_files:
         # Made in memory, so it has no place of its own: its weights are looked for from the artifact's folder.
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     sessions: list[Any] = []
     for stage in range(stages):
         source: Any = str(graph_path(folder, stage, stage))
-        if each > 1 or precision != "float32":
+        if not as_files:
             joined = merge_ranks(folder, stage=stage, ranks=range(stage * each, (stage + 1) * each))
-            source = as_float32(joined).SerializeToString()
+            source = as_float32(as_portable(joined)).SerializeToString()
         sessions.append(open_session(source, options, folder))
     return OnnxRuntimeBackend(sessions, max_batch=max_batch, description=title, gathered_bytes=gathered_bytes)
 

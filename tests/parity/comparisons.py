@@ -26,6 +26,7 @@ from archwright.spec import Spec
 from archwright.spec.models import MoeFfn
 from archwright.trainers import loop
 from archwright.trainers.batches import Batch, Share
+from tests.parity import dialects
 from tests.parity.cases import Array, Case, Outputs, TestWeights, make_case, oracle, oracle_slope, oracle_through_cache
 from tests.parity.ranks import Ranks
 from tests.parity.strategies import legal_degrees
@@ -270,6 +271,8 @@ def _not_filled_up(degrees: Degrees) -> Callable[[Subject], bool]:
     return applies
 
 
+FUSED = 1e-13
+"""The same products of the same numbers: only the order of the sums in a larger matrix may differ, in float64."""
 SEQUENCE, CONTEXT = Degrees(tensor=2, sequence=True), Degrees(context=2)
 FLOAT64, FLOAT32 = TOLERANCES["torch", "float64"], TOLERANCES["torch", "float32"]
 ONNX = TOLERANCES["onnxruntime", "float32"]
@@ -311,6 +314,14 @@ COMPARISONS: Mapping[str, Comparison] = {
         tolerance=ONNX,
         applies=_has_layers(2),
     ),
+    **{
+        name: Comparison(
+            measure=measured, tolerance=ONNX, applies=_splits_over(2) if "2 ranks" in name else lambda _: True
+        )
+        for name, measured in dialects.MEASURES.items()
+    },
+    "fused, oracle": Comparison(measure=dialects.fused_oracle, tolerance=FUSED),
+    "fused, torch": Comparison(measure=dialects.fused_torch, tolerance=FLOAT64),
     "compiled, aot_eager": Comparison(measure=_compiled("aot_eager", torch.float64), tolerance=FLOAT64),
     "compiled, aot_eager, gradients": Comparison(measure=_compiled_gradients, tolerance=GRADIENTS),
     "compiled, inductor": Comparison(measure=_compiled("inductor", torch.float32), tolerance=FLOAT32),
@@ -325,6 +336,7 @@ SOMETIMES = {
     "ONNX Runtime, 2 expert ranks joined": 3,
     "ONNX Runtime, 2 x 2 expert and tensor ranks joined": 2,
     "ONNX Runtime, 2 stages of 2 ranks, last logits": 0,
+    **dialects.SOMETIMES,
 }
 """Comparisons that repeat others in another dtype or on another mesh: for one spec in four, by the remainder of its
 seed."""

@@ -11,11 +11,13 @@ import pytest
 
 from tests.parity.comparisons import COMPARISONS, Subject
 from tests.parity.conftest import Record
+from tests.parity.dialect_mutations import DIALECT_MUTATIONS
 from tests.parity.mutations import MUTATIONS
 from tests.parity.ranks import Ranks
 from tests.parity.strategies import random_spec
 from tests.parity.test_differential import NUM_SPECS
 
+ALL_MUTATIONS = {**MUTATIONS, **DIALECT_MUTATIONS}
 MARGIN = 10
 """Times the tolerance, so that a bug is told from rounding by a wide margin."""
 
@@ -43,7 +45,7 @@ def excess(subject: Subject, comparison: str, ranks: Ranks) -> float:
         return float("inf")
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", ALL_MUTATIONS)
 def test_a_bug_turns_the_suite_red(
     name: str,
     subject_of: Callable[[int], Subject],
@@ -51,7 +53,7 @@ def test_a_bug_turns_the_suite_red(
     monkeypatch: pytest.MonkeyPatch,
     record: Record,
 ) -> None:
-    mutation = MUTATIONS[name]
+    mutation = ALL_MUTATIONS[name]
     for seed in range(NUM_SPECS):
         subject = subject_of(seed)
         if not COMPARISONS[mutation.comparison].applies(subject):

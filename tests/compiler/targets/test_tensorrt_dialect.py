@@ -1,0 +1,89 @@
+"""Graphs of target tensorrt: what TensorRT for RTX makes of them, and what the check of the network finds."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+
+from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.targets.network_check import planned_network
+from archwright.compiler.targets.onnx_graph import export_graphs, graph_path
+from archwright.compiler.targets.stages import graph_options
+from archwright.compiler.targets.tensorrt_engine import build_engine, default_profiles
+from archwright.compiler.weights.streaming import GeneratedWeights
+from archwright.spec import ArchwrightError, Spec
+from tests.compiler.targets.test_tensorrt_coverage import small
+
+COVERING = [
+    ("preset:llama3.1-8b", "bfloat16", 2, "auto"),
+    ("preset:llama3.2-1b", "float16", 1, "all"),
+    ("preset:mixtral-8x7b", "bfloat16", 4, "all"),
+    ("gpt-2", "float32", 1, "none"),
+    ("qkv biases, window", "float16", 2, "all"),
+    ("mixed stack", "bfloat16", 4, "auto"),
+]
+"""Model, precision, degree, fuse; the numbers of layers that read lengths stand in MASKED, of those that do not."""
+MASKED = {"qkv biases, window": 2, "mixed stack": 2}
+
+
+@pytest.fixture
+def trt() -> Any:
+    if find_spec("tensorrt_rtx") is None:
+        pytest.skip("TensorRT for RTX is not installed: pip install archwright[tensorrt-rtx]")
+    import tensorrt_rtx
+
+    return tensorrt_rtx
+
+
+def write(spec: Spec, folder: Path) -> tuple[Path, Any]:
+    """The last rank's graph, and what is planned of its network."""
+    plan = run_passes(spec, degrees_of(spec.build.parallel))
+    weights = GeneratedWeights(params=plan.program.params(), seed=0)
+    form: dict[str, Any] = {
+        "precision": spec.build.precision, "capacity": spec.model.max_positions, "options": graph_options(spec.build)
+    }  # fmt: skip
+    export_graphs(plan, weights, folder, **form)
+    return graph_path(folder, plan.degrees.world - 1), planned_network(plan, **form)
+
+
+def spec_of(name: str, precision: str, degree: int, fuse: str) -> Spec:
+    spec = small(name, precision, degree)
+    return spec.model_copy(update={"build": spec.build.model_copy(update={"target": "tensorrt", "fuse": fuse})})
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("name", "precision", "degree", "fuse"), COVERING)
+def test_it_is_built(trt: Any, tmp_path: Path, name: str, precision: str, degree: int, fuse: str) -> None:
+    spec = spec_of(name, precision, degree, fuse)
+    graph, planned = write(spec, tmp_path)
+    assert planned.attentions - planned.with_lengths == MASKED.get(name, 0)
+    assert planned.with_lengths > 0 or name == "qkv biases, window"
+    profiles = default_profiles(spec.build, spec.model.max_positions)
+    layers = build_engine(graph, profiles, spec.build.engine, planned, library=trt).layers
+    assert layers["ATTENTION_INPUT"] == spec.model.num_layers
+    assert layers["KV_CACHE_UPDATE"] == 2 * spec.model.num_layers
+
+
+def lengths_too_late(node: onnx.NodeProto) -> None:
+    """At the place where the layer has them, which is not where the operator does."""
+    node.input.insert(5, "")
+
+
+def no_lengths(node: onnx.NodeProto) -> None:
+    del node.input[5:]
+
+
+@pytest.mark.parametrize("change", [lengths_too_late, no_lengths])
+def test_lengths_that_the_parser_drops_are_noticed(trt: Any, tmp_path: Path, change: Any) -> None:
+    spec = spec_of("preset:llama3.2-1b", "float16", 1, "auto")
+    graph, planned = write(spec, tmp_path)
+    model = onnx.load(graph, load_external_data=False)
+    change(next(node for node in model.graph.node if node.op_type == "TRT_Attention"))
+    graph.write_bytes(model.SerializeToString())
+    profiles = default_profiles(spec.build, spec.model.max_positions)
+    with pytest.raises(ArchwrightError) as caught:
+        build_engine(graph, profiles, spec.build.engine, planned, library=trt)
+    assert caught.value.code == "BUILD031"
+    assert "1 attentions read the lengths of their rows, planned are 2" in caught.value.message

@@ -1,0 +1,166 @@
+"""Artifacts in every dialect are built, verified, opened and bisected alike, with fused matrices and without.
+
+B batch, S sequence.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from archwright.compiler.weights.streaming import SafetensorsWeights
+from archwright.runtime import build, open_model
+from archwright.runtime.artifact import open_artifact
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from archwright.runtime.bisection import bisect
+from archwright.runtime.rank_weights import RankWeights, not_finite
+from archwright.spec import ArchwrightError
+from archwright.spec.cli import main
+from archwright.spec.manifest import read_manifest
+
+ROPE = {"kind": "rope"}
+FFN = {"kind": "swiglu", "hidden_size": 64}
+
+
+def attention(head_dim: int, **more: Any) -> dict[str, Any]:
+    return {"kind": "gqa", "heads": 4, "kv_heads": 2, "head_dim": head_dim, "position": ROPE, **more}
+
+
+# Heads that each dialect has its own operator for, a window, no position, biases, and heads that are no multiple of 8.
+STACK = [
+    {"layer": {"attention": attention(16, bias="all"), "ffn": FFN}},
+    {"layer": {"attention": attention(16, mask={"kind": "window", "size": 5}), "ffn": FFN}},
+    {"layer": {"attention": attention(8, position={"kind": "none"}), "ffn": FFN, "norm": {"kind": "layernorm"}}},
+    {"layer": {"attention": attention(12), "ffn": FFN}},
+]
+MIXED = {"model.layers": STACK, "model.layer": None}
+TARGETS = ("portable", "tensorrt", "onnxruntime")
+BUILDS: dict[str, dict[str, Any]] = {
+    "one rank, float32": {},
+    "two ranks, bfloat16, all fused": {
+        "build.parallel.tensor": 2, "build.precision": "bfloat16", "build.fuse": "all"
+    },
+    "four ranks, float16, all fused": {
+        "build.parallel.tensor": 4, "build.precision": "float16", "build.fuse": "all"
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mixed(write_model: Callable[..., Path]) -> Path:
+    return write_model(MIXED, tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+def built(mixed: Path, build_artifact: Callable[..., Path]) -> Callable[[str, str], Path]:
+    """(target, one of BUILDS) → an artifact, made once."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(target: str, name: str) -> Path:
+        if (target, name) not in made:
+            made[target, name] = build_artifact(mixed, {"build.target": target} | BUILDS[name])
+        return made[target, name]
+
+    return get
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", BUILDS)
+def test_an_artifact_is_verified_and_bisected(
+    built: Callable[[str, str], Path], target: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = built(target, name)
+    assert main(["verify", str(path), "--output-format", "json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    details = [check["detail"] for check in checks if check["code"] == "VERIFY007"]
+    assert len(details) == 3
+    assert all(("in portable form" in detail) is (target == "tensorrt") for detail in details)
+    found = bisect(path)
+    assert found.ok, found.as_text()
+    assert found.num_compared > found.num_operations
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_ranks_hold_the_models_weights_under_their_canonical_names(
+    built: Callable[[str, str], Path], mixed: Path, target: str, name: str
+) -> None:
+    held, source = RankWeights(open_artifact(built(target, name))), SafetensorsWeights(mixed)
+    assert set(held.names()) == set(source.names())
+    for each in held.names():
+        whole = held.read(each)
+        assert whole.tobytes() == source.read(each).astype(whole.dtype).tobytes(), each
+
+
+def test_a_changed_fused_weight_is_found(built: Callable[[str, str], Path]) -> None:
+    weights = RankWeights(open_artifact(built("onnxruntime", "two ranks, bfloat16, all fused")))
+    name = "model.layers.0.self_attn.v_proj.weight"
+    place = weights._places[1][name]
+    with place.file.open("r+b") as file:
+        file.seek(place.offset + place.rows[0] * place.dtype.itemsize)  # of the first column, in which rows lie
+        before = file.read(2)
+        file.seek(-2, 1)
+        file.write(b"\xc0\x7f")  # NaN
+        file.flush()
+        found = list(not_finite(weights, sample="all"))
+        file.seek(-2, 1)
+        file.write(before)
+    assert found == [f"rank1: its part of `{name}` is not finite"]
+
+
+def test_dialects_answer_alike(built: Callable[[str, str], Path], mixed: Path) -> None:
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    expected = [answer.tokens for answer in open_model(mixed).generate(prompts, max_tokens=12)]
+    for target in TARGETS:
+        model = open_model(built(target, "one rank, float32"))
+        assert [answer.tokens for answer in model.generate(prompts, max_tokens=12)] == expected, target
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_prompts_in_pieces_at_uneven_places(built: Callable[[str, str], Path], target: str) -> None:
+    """Each row's pieces of 1, 7, 3 and 5 tokens behind its own prompt give what whole sequences give."""
+    backend = open_model(built(target, "one rank, float32")).backend
+    assert isinstance(backend, OnnxRuntimeBackend)
+    ids_BS = np.random.default_rng(0).integers(0, 400, (3, 40))
+    expected_BSV, starts_B = backend.whole(ids_BS), np.array([0, 9, 24])
+    cache = backend.new_cache(3, 40)
+    pointers = cache.pointers()
+    backend.prefill(cache, ids_BS[:, :24], starts_B.clip(1))
+    for size in (1, 7, 3, 5):
+        rows_BS = starts_B[:, None] + np.arange(size)
+        part_BS = np.take_along_axis(ids_BS, rows_BS, axis=1)
+        actual_BSV = backend.forward(cache, part_BS, rows_BS, starts_B, int(starts_B.max()) + size)
+        wanted_BSV = np.take_along_axis(expected_BSV, rows_BS[:, :, None], axis=1)
+        assert np.abs(actual_BSV - wanted_BSV).max() < 2e-5 * np.abs(expected_BSV).max()
+        starts_B = starts_B + size
+    assert cache.pointers() == pointers
+    assert all(value.numpy().any() for value in cache.values.values())
+
+
+def test_inspect_says_which_layers_are_portable(
+    built: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    def layers(target: str, name: str) -> dict[str, str]:
+        assert main(["inspect", str(built(target, name)), "--output-format", "json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert (
+            facts["target"] == target
+            and facts["portable_layers"] == read_manifest(built(target, name)).details["portable_layers"]
+        )
+        return {path.split(".")[2]: reason for path, reason in facts["portable_layers"].items()}
+
+    single, half = "one rank, float32", "two ranks, bfloat16, all fused"
+    assert layers("portable", single) == {}
+    assert {number: reason.split()[1] for number, reason in layers("tensorrt", single).items()} == {"1": "window"}
+    assert set(layers("tensorrt", half)) == {"1", "3"}
+    assert "not 12" in layers("onnxruntime", half)["3"] and len(layers("onnxruntime", half)) == 1
+
+
+def test_tensorrt_gets_no_graph_that_only_onnx_runtime_reads(mixed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArchwrightError) as caught:
+        build(mixed, tmp_path / "out", "engine", {"build.target": "onnxruntime"})
+    assert caught.value.code == "BUILD007" and "build.target" in (caught.value.help or "")
+    assert list(tmp_path.iterdir()) == []
