@@ -6,6 +6,7 @@ B batch, S sequence, N query heads, K key/value heads, H head_dim, L visible pos
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ from archwright.compiler.blocks import Experts, Linear, PositionedEmbedding, Swi
 from archwright.compiler.distributed import context
 from archwright.compiler.interpreters import cross_entropy, torch_module, torch_ops
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
+from archwright.compiler.interpreters.onnx_ops import Tensor as OnnxTensor
 from archwright.compiler.interpreters.torch_module import BlockModule
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import RopeTable, Split, Window
+from archwright.compiler.targets import stages
 from archwright.trainers import loop
 from archwright.trainers.batches import Batch
 
@@ -296,7 +299,37 @@ def _whole_gradient(original: Any, x: torch.Tensor, group: Any) -> torch.Tensor:
     return torch_ops.copy_to(original(x, group), group)
 
 
+def _before_the_last_residual(ops: OnnxOps, inputs: Any, rest: Any) -> Any:
+    """What is handed to the next stage lacks what the last feed-forward adds."""
+    add = inputs[0].value.producer()
+    return "Identity", [OnnxTensor(add.inputs[0], ops)], rest
+
+
+def _layers_from_zero(original: Any, plan: Any, number: int) -> Any:
+    """Each stage counts its own layers, so that two stages have caches of one name."""
+    stage = original(plan, number)
+    own = {path: index for index, path in enumerate(stage.program.states())}
+    return replace(stage, caches={(path, state): f"{own[path]}.{state}" for path, state in stage.caches})
+
+
+def _experts_from_zero(original: Any, ops: OnnxOps, *args: Any, **rest: Any) -> Any:
+    """Every rank takes its experts for the first ones."""
+    return original(replace(ops, ranks=dict.fromkeys(ops.ranks, 0), nodes=ops.nodes), *args, **rest)
+
+
+def _everybody(_: Any, ops: OnnxOps, axes: Any) -> list[int]:
+    """What the tensor ranks add up, the ranks of all experts add up."""
+    return list(range(prod(ops.degrees.values())))
+
+
+def _first_token(original: Any, ops: OnnxOps, x_BSD: Any, index_B: Any) -> Any:
+    """One row further back."""
+    return original(ops, x_BSD, ops.emit("Max", [index_B + ops._integers(-1), ops._integers(0)], name="slip"))
+
+
 TORCH, ONNX, JOINED, RANKS = "torch, float32", "ONNX Runtime", "ONNX Runtime, 2 ranks joined", "two processes, float64"
+STAGES, LAST = "ONNX Runtime, 2 stages", "ONNX Runtime, prefill of last logits"
+EXPERT_RANKS, GATHERED = "ONNX Runtime, 2 expert ranks joined", "ONNX Runtime, 2 x 2 expert and tensor ranks joined"
 TRAINED, SEQUENCE, CONTEXT = "two processes, training", "two processes, sequence", "two processes, context"
 
 MUTATIONS: Mapping[str, Mutation] = {
@@ -419,6 +452,25 @@ MUTATIONS: Mapping[str, Mutation] = {
         comparison=CONTEXT,
         patch=_wrap(context, "gathered_order", lambda original, length, *rest: original(length, *rest).sort()[0]),
     ),
+    "all-reduce of experts missing, expert ranks": Mutation(
+        comparison=EXPERT_RANKS, patch=_unverified(_wrap_path(f"{PARTITION}:_annotate", _experts_not_reduced))
+    ),
+    "experts of every rank numbered from 0": Mutation(
+        comparison=EXPERT_RANKS, patch=_wrap(OnnxOps, "experts", _experts_from_zero)
+    ),
+    "experts of every rank numbered from 0, gathered": Mutation(
+        comparison=GATHERED, patch=_wrap(OnnxOps, "experts", _experts_from_zero)
+    ),
+    "tensor ranks add up with other groups": Mutation(
+        comparison=GATHERED, patch=_wrap(OnnxOps, "_members", _everybody)
+    ),
+    "caches of a stage numbered from 0": Mutation(
+        comparison=STAGES, patch=_wrap(stages, "stage_of", _layers_from_zero)
+    ),
+    "hidden states handed on before the last residual": Mutation(
+        comparison=STAGES, patch=_on_node("Identity", _before_the_last_residual)
+    ),
+    "logits of the token before": Mutation(comparison=LAST, patch=_wrap(OnnxOps, "take_token", _first_token)),
     "weights cut along the wrong dim": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _wrong_dim)),
     "weights cut in strides, joined ranks": Mutation(comparison=JOINED, patch=_wrap(Split, "slices", _strided)),
     "weights cut in strides, two processes": Mutation(comparison=RANKS, patch=_wrap(Split, "slices", _strided)),
