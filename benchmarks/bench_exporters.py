@@ -118,11 +118,12 @@ def open_ours(out: Path) -> Contestant:
 
 def open_theirs(out: Path) -> Contestant:
     session = onnxruntime.InferenceSession(str(out / "model.onnx"), providers=["CPUExecutionProvider"])
+    decoder = json.loads((out / "genai_config.json").read_text())["model"]["decoder"]
+    shape = (1, decoder["num_key_value_heads"], PROMPT + TOKENS, decoder["head_size"])
     binding, caches = session.io_binding(), {}
     for item in session.get_inputs():
         if item.name.startswith("past_key_values"):
-            zeros = np.zeros((1, item.shape[1], PROMPT + TOKENS, item.shape[3]), np.float32)
-            caches[item.name] = onnxruntime.OrtValue.ortvalue_from_numpy(zeros)
+            caches[item.name] = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.float32))
             binding.bind_ortvalue_input(item.name, caches[item.name])
     named = {item.name for item in session.get_inputs()}
 
