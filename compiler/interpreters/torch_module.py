@@ -3,6 +3,7 @@
 import inspect
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from types import FunctionType
 from typing import Any
 
@@ -176,9 +177,10 @@ class TorchProgram(nn.Module):
         positions_BS: torch.Tensor | None = None,
         write_index_B: torch.Tensor | None = None,
         visible: int | None = None,
+        logit_index_B: torch.Tensor | None = None,
     ) -> Any:
         """x: ids [B, S] of whole sequences, also where context ranks share them; what the stage before gave, in one
-        that does not begin with the embedding."""
+        that does not begin with the embedding. logit_index_B: the logits of one token a row, [B, 1, V], see `Step`."""
         x, penalty_B = x if isinstance(x, tuple) else (x, None)
         context, keys, length = self.ops.groups.get("context"), visible, x.shape[1]
         if not self.begins:
@@ -195,6 +197,8 @@ class TorchProgram(nn.Module):
             positions_BS=positions_BS, keys=keys,
             write_index_B=write_index_B, targets_BS=targets_BS, penalized=self.training,
         )  # fmt: skip
+        if logit_index_B is not None:
+            step = replace(step, logit_index_B=logit_index_B)
         modules = iter(self._segments)
         y = self.program.run(lambda _: next(modules), x, step, penalty_B)
         if context is not None and self.ends and targets_BS is None:

@@ -26,14 +26,29 @@ class TorchBackend(Backend[Cache]):
     def new_cache(self, batch: int, positions: int) -> Cache:
         return self._module.make_cache(batch=batch, positions=positions)
 
-    @torch.inference_mode()
+    @property
+    def token_bytes(self) -> int:
+        return 0
+
     def forward(self, cache: Cache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int) -> Logits:
+        return self._run(cache, ids_BS, positions_BS, write_index_B, visible, None)
+
+    def forward_last(
+        self, cache: Cache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
+    ) -> Logits:
+        return self._run(cache, ids_BS, positions_BS, write_index_B, visible, index_B)[:, 0]
+
+    @torch.inference_mode()
+    def _run(
+        self, cache: Cache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids | None
+    ) -> Logits:
         self._module.bind_cache(cache)
         logits_BSV = self._module(
             self._tensor(ids_BS),
             positions_BS=self._tensor(positions_BS),
             write_index_B=self._tensor(write_index_B),
             visible=visible,
+            logit_index_B=None if index_B is None else self._tensor(index_B),
         )
         return logits_BSV.float().cpu().numpy()
 

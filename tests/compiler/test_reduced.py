@@ -77,3 +77,23 @@ def test_experts_are_few_and_routed_as_before() -> None:
     assert after.router == before.router
     few = reduced(load("preset:mixtral-8x7b")).model.runs[0].layer.ffn
     assert few.kind == "moe" and (few.experts, few.experts_per_token) == (4, 2)
+
+
+def test_a_pipeline_keeps_a_layer_for_each_stage() -> None:
+    settings = {"build.parallel.pipeline": 5, "build.parallel.tensor": 2}
+    small = reduced(load("preset:llama3.1-8b", settings))
+    assert small.model.num_layers == 5
+    assert len(run_passes(small, degrees_of(small.build.parallel)).stages) == 5
+    layer = load("preset:tiny").model.layer
+    assert layer is not None
+    other = layer.model_copy(update={"attention": layer.attention.model_copy(update={"kv_heads": 4})})
+    runs = [{"repeat": 6, "layer": layer.model_dump()}, {"repeat": 1, "layer": other.model_dump()}]
+    stack = load("preset:tiny", {"model.layer": None, "model.layers": runs, "build.parallel.pipeline": 4})
+    assert [run.repeat for run in reduced(stack).model.runs] == [3, 1]
+
+
+def test_experts_are_as_many_as_the_degree_divides() -> None:
+    moe = {"kind": "moe", "experts": 12, "experts_per_token": 2, "hidden_size": 64}
+    small = reduced(load("preset:tiny", {"model.layer.ffn": moe, "build.parallel.expert": 3}))
+    ffn = small.model.runs[0].layer.ffn
+    assert ffn.kind == "moe" and ffn.experts == 6

@@ -92,12 +92,15 @@ def test_a_good_model_and_a_good_run(model_folder: Path, tmp_path: Path, capsys:
 
 def test_operations_are_called_alike_everywhere(two_ranks: Path, model_folder: Path) -> None:
     """The name of an operation is that of its ONNX node, and its path is the torch module's."""
-    from archwright.runtime.artifact import Artifact
-    from archwright.runtime.recorded_runs import operation_names
+    from archwright.compiler.ir import Degrees
+    from archwright.compiler.passes import run_passes
+    from archwright.compiler.targets.stages import DEFAULT_OPTIONS
+    from archwright.runtime.recorded_runs import LOGITS, operation_names
     from archwright.spec import load
 
-    artifact = Artifact(two_ranks, load(two_ranks / "spec.yaml"))
-    (names,) = operation_names(artifact.plan, artifact.spec, artifact.options)
+    spec = load(two_ranks / "spec.yaml")
+    (stage,) = operation_names(run_passes(spec, Degrees(tensor=2)), spec, DEFAULT_OPTIONS)
+    names = (*stage, LOGITS)
     assert names[:4] == (
         "model.embed_tokens/embed",
         "model.layers.0.input_layernorm/rms_norm",

@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from archwright.runtime import open_model
 from archwright.runtime.backends import base
 from archwright.runtime.backends.base import PREFILL_CHUNK, Backend
+from archwright.runtime.backends.torch_backend import TorchBackend
 from archwright.runtime.model import Model
 from archwright.runtime.text.tokenizer import Tokenizer, open_tokenizer
 from archwright.spec import ArchwrightError
@@ -94,7 +95,10 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(model: Model, temperature:
 def test_prefill_in_pieces_equals_one_call(
     write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, logits_bytes: int
 ) -> None:
+    """By a back end that makes the logits of every token: their memory limits a piece."""
     monkeypatch.setattr(base, "CALL_BYTES", logits_bytes)
+    monkeypatch.setattr(TorchBackend, "token_bytes", Backend.token_bytes)
+    monkeypatch.setattr(TorchBackend, "forward_last", Backend.forward_last)
     model = open_model(write_model({"model.max_positions": PREFILL_CHUNK * 2}, tokenizer=False))
     ids_BS = np.random.default_rng(0).integers(0, 400, (3, PREFILL_CHUNK + 40))
     lengths_B = np.array([PREFILL_CHUNK + 40, PREFILL_CHUNK, 7])
@@ -105,6 +109,23 @@ def test_prefill_in_pieces_equals_one_call(
     )
     last_BV = model.backend.prefill(model.backend.new_cache(3, ids_BS.shape[1]), ids_BS, lengths_B)
     assert max(sizes) == min(PREFILL_CHUNK, max(1, logits_bytes // 4800)) and sum(sizes) == PREFILL_CHUNK + 40
+    assert np.allclose(last_BV, whole_BSV[np.arange(3), lengths_B - 1], atol=1e-4)
+
+
+def test_prefill_makes_the_logits_of_one_token_a_row(
+    write_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their memory limits nothing, and a prompt that ended in an earlier piece keeps those of its last token."""
+    monkeypatch.setattr(base, "CALL_BYTES", 1)
+    model = open_model(write_model({"model.max_positions": PREFILL_CHUNK * 2}, tokenizer=False))
+    ids_BS = np.random.default_rng(0).integers(0, 400, (3, PREFILL_CHUNK + 40))
+    lengths_B = np.array([PREFILL_CHUNK + 40, PREFILL_CHUNK, 7])
+    whole_BSV = model.backend.whole(ids_BS)
+    shapes: list[tuple[int, ...]] = []
+    module = model.backend._module  # type: ignore[attr-defined]
+    module.register_forward_hook(lambda _module, _inputs, logits: shapes.append(tuple(logits.shape)))
+    last_BV = model.backend.prefill(model.backend.new_cache(3, ids_BS.shape[1]), ids_BS, lengths_B)
+    assert shapes == [(3, 1, 400)] * 2
     assert np.allclose(last_BV, whole_BSV[np.arange(3), lengths_B - 1], atol=1e-4)
 
 
