@@ -154,7 +154,13 @@ class OnnxRun(Recorder):
     def __init__(self, artifact: Artifact, names: Sequence[str]) -> None:
         self._ranks = len(artifact.graphs)
         super().__init__(
-            open_graphs(artifact.path, ranks=self._ranks, precision=artifact.precision, max_batch=artifact.max_batch)
+            open_graphs(
+                artifact.path,
+                ranks=self._ranks,
+                precision=artifact.precision,
+                max_batch=artifact.max_batch,
+                target=artifact.dialect.target,
+            )
         )
         model = as_float32(as_portable(merge_ranks(artifact.path)))
         made = {name for node in model.graph.node for name in node.output}

@@ -233,7 +233,13 @@ def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
 def _numbers(artifact: Artifact) -> Iterator[Comparison]:
     with computable(artifact) as small:
         ranks = len(small.graphs)
-        backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
+        backend = open_graphs(
+            small.path,
+            ranks=ranks,
+            precision=small.precision,
+            max_batch=small.max_batch,
+            target=small.dialect.target,
+        )
         yield from compare(backend, lower(small.spec), RankWeights(small))
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from archwright.compiler.targets.merge import load_ranks, merge_ranks
-from archwright.compiler.targets.portable_form import as_portable, needs_rewriting
+from archwright.compiler.targets.merge import merge_ranks
+from archwright.compiler.targets.portable_form import as_portable
 from archwright.compiler.targets.retype import as_float32
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import Backend, Ids, Logits
@@ -108,18 +108,24 @@ def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRun
         message = f"the artifact is {artifact.precision}, not {precision}"
         raise ArchwrightError("RUN022", message, where=str(artifact.path), help=help)
     return open_graphs(
-        artifact.path, ranks=len(artifact.graphs), precision=artifact.precision, max_batch=artifact.max_batch
+        artifact.path,
+        ranks=len(artifact.graphs),
+        precision=artifact.precision,
+        max_batch=artifact.max_batch,
+        target=artifact.dialect.target,
     )
 
 
-def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | None = None) -> OnnxRuntimeBackend:
+def open_graphs(
+    folder: Path, *, ranks: int, precision: str, max_batch: int | None = None, target: str = "portable"
+) -> OnnxRuntimeBackend:
     """Open the rank graphs in `folder`: one float32 rank as the file itself, anything else as one joined float32
-    graph. What only TensorRT has is said in operators that ONNX Runtime has (`targets.portable_form`).
+    graph. target: of their dialect; what only TensorRT has is said in ONNX Runtime's words (`targets.portable_form`).
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
-    rewritten = needs_rewriting(load_ranks(folder)[0])
+    rewritten = target == "tensorrt"
     if ranks == 1 and precision == "float32" and not rewritten:
         source: Any = str(folder / "rank0" / "stage0.onnx")
         title += ", float32"

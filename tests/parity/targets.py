@@ -72,7 +72,7 @@ def run_onnx(case: Case, plan: Plan, folder: Path, precision: str = "float32", d
     Half-precision graphs are computed in float32 with the weights that they hold.
     """
     export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity, dialect=dialect)
-    backend = open_graphs(folder, ranks=plan.degrees.world, precision=precision)
+    backend = open_graphs(folder, ranks=plan.degrees.world, precision=precision, target=dialect.target)
 
     def new_forward(batch: int) -> Forward:
         cache = backend.new_cache(batch, case.capacity)
