@@ -67,13 +67,8 @@ def build(
     load_onnxruntime()
     tensorrt = load_tensorrt() if to == "engine" else None
     opened = _open_source(source, overrides or {})
-    if tensorrt is not None and opened.spec.build.target == "onnxruntime":
-        raise ArchwrightError(
-            "BUILD007",
-            "TensorRT cannot read graphs with `build.target: onnxruntime`, whose operators only ONNX Runtime has",
-            where=str(source),
-            help="use --to onnx, or set build.target to tensorrt or portable",
-        )
+    if tensorrt is not None:
+        _check_target(source, opened.spec)
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     with atomic_folder(out) as folder:
@@ -106,6 +101,14 @@ def _failed(source: str | Path, report: Report) -> ArchwrightError:
         where=str(source),
         help="this is a fault of Archwright or of the weights; `archwright build --debug` shows more",
     )
+
+
+def _check_target(source: str | Path, spec: Spec) -> None:
+    """Whether TensorRT can read the graphs."""
+    if spec.build.target == "onnxruntime":
+        message = "TensorRT cannot read graphs of `build.target: onnxruntime`, whose operators only ONNX Runtime has"
+        help = "use --to onnx, or set build.target to tensorrt or portable"
+        raise ArchwrightError("BUILD007", message, where=str(source), help=help)
 
 
 def _open_source(source: str | Path, overrides: Mapping[str, object]) -> _Source:

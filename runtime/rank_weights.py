@@ -92,11 +92,19 @@ class RankWeights:
         return whole if slices is None else whole[slices]
 
     def part(self, name: str, rank: int) -> Array:
-        """What a rank has of a parameter, [out, in] as the canonical tensor is: a view, unless it was scaled."""
+        """What a rank has of a parameter, [out, in] as the canonical tensor is."""
+        held, scale = self.held(name, rank), self.scale(name)
+        return held if scale == 1 else held * held.dtype.type(1 / scale)
+
+    def held(self, name: str, rank: int) -> Array:
+        """A view of the same, multiplied by `scale` as it is stored."""
         place = self._places[rank][name]
         view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
-        part = np.asarray(view).transpose(np.argsort(place.order))[slice(*place.rows)]
-        return part if place.scale == 1 else part * place.dtype.type(1 / place.scale)
+        return np.asarray(view).transpose(np.argsort(place.order))[slice(*place.rows)]
+
+    def scale(self, name: str) -> float:
+        """What the stored values of a parameter were multiplied by: a power of two, 1 unless a pass folded it in."""
+        return self._places[self.holders(name)[0]][name].scale
 
     def slices(self, param: Param, rank: int) -> tuple[slice, ...]:
         """Where a rank's part lies in the whole tensor."""
@@ -162,7 +170,7 @@ def differing_ranks(weights: RankWeights, *, sample: Sample) -> Iterator[str]:
         owners: dict[tuple[int, ...], int] = {}
         for rank in weights.holders(name):
             first = owners.setdefault(param.pieces(weights.coordinates[rank]), rank)
-            if first != rank and not _equal(weights.part(name, first), weights.part(name, rank).__getitem__, sample):
+            if first != rank and not _equal(weights.held(name, first), weights.held(name, rank).__getitem__, sample):
                 yield f"rank{rank}: its part of `{name}` differs from rank{first}'s, of which it is a copy"
 
 
@@ -174,9 +182,13 @@ def differing_source(weights: RankWeights, source: Weights, *, sample: Sample) -
             first, _, _ = own.indices(param.shape[0])
 
             def read(rows: slice, name: str = name, first: int = first, inner: list[slice] = inner) -> Array:
-                return source.read(name, (slice(first + rows.start, first + rows.stop), *inner))
+                array = source.read(name, (slice(first + rows.start, first + rows.stop), *inner))
+                scale = weights.scale(name)
+                if scale == 1:
+                    return array
+                return array.astype(np.float64 if array.dtype == np.float64 else np.float32) * scale
 
-            if not _equal(weights.part(name, rank), read, sample):
+            if not _equal(weights.held(name, rank), read, sample):
                 yield f"rank{rank}: its part of `{name}` is not that of the model"
 
 
@@ -184,7 +196,7 @@ def not_finite(weights: RankWeights, *, sample: Sample) -> Iterator[str]:
     """A sentence for each part that holds an infinity or a NaN."""
     for name in weights.params:
         for rank in weights.holders(name):
-            part = weights.part(name, rank)
+            part = weights.held(name, rank)
             slabs = (part[rows][..., columns] for rows in _slabs(part, sample) for columns in _windows(part, sample))
             if not all(np.isfinite(slab).all() for slab in slabs):
                 yield f"rank{rank}: its part of `{name}` is not finite"

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from archwright.compiler.targets.merge import load_ranks, merge_ranks
+from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.onnx_graph import graph_path
-from archwright.compiler.targets.portable_form import as_portable, needs_rewriting
+from archwright.compiler.targets.portable_form import as_portable
 from archwright.compiler.targets.retype import as_float32
 from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, LOGITS, result_name
 from archwright.runtime.artifact import Artifact
@@ -163,6 +163,7 @@ def open_artifact_graphs(artifact: Artifact) -> OnnxRuntimeBackend:
         precision=artifact.precision,
         max_batch=artifact.max_batch,
         gathered_bytes=artifact.gathered_bytes,
+        target=artifact.dialect.target,
     )
 
 
@@ -174,11 +175,13 @@ def open_graphs(
     stages: int = 1,
     max_batch: int | None = None,
     gathered_bytes: int = 0,
+    target: str = "portable",
 ) -> OnnxRuntimeBackend:
     """Open the rank graphs in `folder`: of each stage one float32 rank as the file itself, anything else as one joined
-    float32 graph. What only TensorRT has is said in operators that ONNX Runtime has (`targets.portable_form`).
+    float32 graph.
 
-    ranks: in all; each of the `stages` has equally many. gathered_bytes: see `OnnxRuntimeBackend`.
+    ranks: in all; each of the `stages` has equally many. gathered_bytes: see `OnnxRuntimeBackend`. target: of their
+    dialect; what only TensorRT has is said in ONNX Runtime's words (`targets.portable_form`).
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
@@ -187,7 +190,7 @@ def open_graphs(
     title += f" in {stages} stages" if stages > 1 else ""
     title += " joined" if each > 1 else ""
     title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
-    rewritten = needs_rewriting(load_ranks(folder, 0, [0])[0])
+    rewritten = target == "tensorrt"
     title += ", TensorRT's operators in portable form" if rewritten else ""
     as_files = each == 1 and precision == "float32" and not rewritten
     if not as_files:

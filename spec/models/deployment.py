@@ -129,8 +129,8 @@ class Build(Node):
     """The dialect of the graphs. portable: read alike by ONNX Runtime and TensorRT. tensorrt, onnxruntime: in operators
     that only the one has, where a layer can be said in them."""
     fuse: Literal["auto", "none", "all"] = "auto"
-    """Which matrices are joined, and the scale of attention folded into them. auto: where it was measured to pay on the
-    target; all: wherever nothing is rounded differently."""
+    """Which matrices are joined, and whether attention's scale is folded into them. auto: what pays on the target; all:
+    wherever nothing is rounded differently."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     parallel: BuildParallel = BuildParallel()
     logits: Literal["all", "last"] = "all"

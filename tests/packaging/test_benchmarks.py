@@ -95,6 +95,22 @@ def test_a_pair_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert record["plan"]["parameters"]["total"] == 125_248
 
 
+def test_dialects_leave_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--rounds", "2", "--hidden", "64", "--layers", "1", "--batch", "2", "--prompt", "8"]
+    script("bench_dialects").main([*sizes, "--output", str(tmp_path)])
+    (file,) = tmp_path.iterdir()
+    record = json.loads(file.read_text())
+    assert capsys.readouterr().out.splitlines()[-1] == str(file)
+    assert record["command"] == " ".join(["bench_dialects.py", *sizes])
+    forms = {f"{target}, {fused}" for target in ("portable", "onnxruntime")
+             for fused in ("none", "scale", "qkv", "gate_up", "all")}  # fmt: skip
+    assert record["forms"].keys() == forms
+    base = record["forms"]["portable, none"]["decode"]
+    assert base["median_ms"] > 0 and base["speed_ratios"] == [1.0, 1.0]
+    for found in record["forms"].values():
+        assert len(found["decode"]["speed_ratios"]) == len(found["prefill"]["speed_ratios"]) == 2
+
+
 def test_experiments_are_what_the_harness_takes() -> None:
     session, harness = script("gpu_session"), script("bench_training")
     for group in tomllib.loads((BENCHMARKS / "experiments.toml").read_text()):

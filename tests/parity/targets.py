@@ -74,8 +74,13 @@ def run_onnx(
     Half-precision graphs are computed in float32 with the weights that they hold.
     """
     export_graphs(plan, case.weights, folder, precision=precision, capacity=case.capacity, options=options)
-    stages = plan.degrees.pipeline
-    backend = open_graphs(folder, ranks=plan.degrees.world, stages=stages, precision=precision)
+    backend = open_graphs(
+        folder,
+        ranks=plan.degrees.world,
+        stages=plan.degrees.pipeline,
+        precision=precision,
+        target=options.dialect.target,
+    )
 
     def new_forward(batch: int) -> Forward:
         cache = backend.new_cache(batch, case.capacity)
