@@ -14,7 +14,7 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
     """Write the ONNX graphs of every rank, `rank{r}/stage{s}.onnx` with its `.data`, and return their paths.
 
     source: a model folder or a run, or a spec whose `build.weights` are generated. Precision, degrees, dialect and
-    cache length are those of the `build` section. Nothing is run or verified; `archwright build` does that. It needs no
+    cache length are those of the `build` section. Nothing is run or verified; `archwright build` does that. Needs no
     torch.
     write_weights: False writes the graphs alone.
     Raises ArchwrightError BUILD006 where a spec has weights to come from a model, and what opening a folder raises.

@@ -65,12 +65,9 @@ def fused_torch(subject: "Subject", _: Any) -> float:
     return compare(run_torch(case, torch_module(case, torch.float64)), subject.expected)
 
 
-TENSORRT, OWN = "ONNX Runtime, tensorrt dialect", "ONNX Runtime, own dialect"
-TENSORRT_HALF = f"{TENSORRT}, bfloat16 weights"
-OWN_HALF = f"{OWN}, float16 weights, fused"
-FUSED, TENSORRT_RANKS, OWN_RANKS = (
-    f"{name}, 2 ranks joined, fused" for name in ("ONNX Runtime", TENSORRT, OWN)
-)  # fmt: skip
+TENSORRT, OWN = "ONNX, tensorrt dialect", "ONNX, own dialect"
+TENSORRT_HALF, OWN_HALF = f"{TENSORRT}, bfloat16", f"{OWN}, float16, fused"
+FUSED, TENSORRT_RANKS, OWN_RANKS = (f"{name}, 2 ranks, fused" for name in ("ONNX", TENSORRT, OWN))
 MEASURES: Mapping[str, Measure] = {
     TENSORRT: in_dialect("tensorrt"),
     TENSORRT_HALF: in_dialect("tensorrt", precision="bfloat16"),
