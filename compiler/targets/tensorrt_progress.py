@@ -103,22 +103,26 @@ def interruptible(call: Callable[[], Any], stop: threading.Event) -> Any:
     """
     results: list[Any] = []
     failures: list[BaseException] = []
+    ended = threading.Event()  # not `is_alive`, which is false while a thread that was interrupted in `start` begins
 
     def run() -> None:
         try:
             results.append(call())
         except BaseException as error:
             failures.append(error)
+        finally:
+            ended.set()
 
-    thread = threading.Thread(target=run, name="tensorrt-build")
+    def wait() -> None:
+        while not ended.wait(0.2):  # a wait without a limit would hold the signal back
+            pass
+
     try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(0.2)  # a join without a limit would hold the signal back
-    except BaseException:
+        threading.Thread(target=run, name="tensorrt-build").start()
+        wait()
+    except KeyboardInterrupt:
         stop.set()
-        while thread.is_alive():
-            thread.join(0.2)
+        wait()
         raise
     if failures:
         raise failures[0]
