@@ -13,7 +13,7 @@ from archwright.runtime.backends.base import Backend, Ids, Logits
 from archwright.runtime.backends.onnxruntime_backend import bucketed
 from archwright.runtime.engines.binding import read_bindings
 from archwright.runtime.engines.mailbox import Message
-from archwright.runtime.engines.opening import Engines, check_machine, find_engines, rebuild
+from archwright.runtime.engines.opening import Engines, carries_host_code, check_machine, find_engines, rebuild
 from archwright.runtime.engines.rank import StepInputs
 from archwright.runtime.engines.ranks import Ranks
 from archwright.spec import ArchwrightError
@@ -118,6 +118,7 @@ def open_messages(engines: Engines) -> list[Message]:
                 "engine": str(file.path),
                 "sha256": file.sha256,
                 "profiles": file.facts["profiles"],
+                "host_code": carries_host_code(file.facts),
                 "rebuild": rebuild(engines.artifact),
             },
         )

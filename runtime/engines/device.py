@@ -43,8 +43,11 @@ class Device(Protocol):
         """Wait for the stream, and copy from the beginning of `memory`."""
         ...
 
-    def deserialize(self, content: bytes) -> Any:
-        """TensorRT's ICudaEngine. Raises ArchwrightError RUN045 where TensorRT refuses it."""
+    def deserialize(self, content: bytes, *, host_code: bool) -> Any:
+        """TensorRT's ICudaEngine. Raises ArchwrightError RUN045 where TensorRT refuses it.
+
+        host_code: whether the engine brings code for the host along, as version-compatible ones do.
+        """
         ...
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:

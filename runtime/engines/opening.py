@@ -119,6 +119,11 @@ def check_machine(engines: Engines, library: ModuleType, gpus: Sequence[Gpu]) ->
             raise ArchwrightError("RUN042", message, where=str(engines.artifact.path), help=rebuild(engines.artifact))
 
 
+def carries_host_code(facts: Mapping[str, Any]) -> bool:
+    """Whether an engine brings TensorRT's lean runtime along, which runs on the host."""
+    return "VERSION_COMPATIBLE" in facts["flags"] and "EXCLUDE_LEAN_RUNTIME" not in facts["flags"]
+
+
 def _check_library(engines: Engines, library: ModuleType) -> None:
     facts = engines.facts
     built, here = (facts["library"], facts["version"]), (tensorrt_flavor(library), library.__version__)

@@ -15,7 +15,8 @@ from archwright.runtime.engines import rank as rank_module
 from archwright.runtime.engines.device import Place
 from archwright.runtime.engines.rank import Rank, StepInputs, choose_profile
 from archwright.spec import ArchwrightError
-from tests.runtime.engines.conftest import CAPACITY, Rig
+from tests.runtime.engines.conftest import Rig
+from tests.runtime.engines.models import CAPACITY
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [3], [40, 2, 60, 1]]
 OTHERS = [[9, 1, 4], [50, 51, 52, 53], [2, 2]]
