@@ -1,6 +1,7 @@
 """An artifact folder, as `build` writes it and `verify` and `open_model` read it.
 
     manifest.json  spec.yaml  tokenizer.*  rank0/stage0.onnx  rank0/stage0.data  rank1/stage0.onnx  ...
+    with engines also   probe.safetensors  rank0/stage0.engine  rank0/stage0.log  ...
 
 Its spec.yaml says what was built: precision, degrees and capacity stand in its `build` section.
 """

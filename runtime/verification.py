@@ -90,7 +90,7 @@ def verify(path: str | Path, progress: Progress = lambda message: None) -> Repor
     load_onnxruntime()
     manifest = read_artifact_manifest(path)
     progress("checking the files")
-    checks = list(_file_checks(path, manifest))
+    checks = list(file_checks(path, manifest))
     if all(check.result == "ok" for check in checks):
         artifact = Artifact(path, load(path / "spec.yaml"))
         checks.append(_check("manifest facts", "VERIFY001", _facts(manifest, artifact)))
@@ -132,7 +132,7 @@ def numeric_scope(spec: Spec) -> Literal["whole", "reduced"]:
     return "whole" if lower(spec).num_params() <= LARGE else "reduced"
 
 
-def _file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
+def file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
     problems = check_manifest(path)
     measured = manifest.measured or {}
     if measured.get(SEAL) != seal(manifest.details, measured, manifest.spec_digest):

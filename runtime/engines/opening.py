@@ -62,6 +62,11 @@ def rebuild(artifact: Artifact) -> str:
     return f"archwright build MODEL_OR_RUN --to engine -o OUT{sets}"
 
 
+def has_engines(artifact: Artifact) -> bool:
+    """Whether the manifest lists engines."""
+    return bool(read_artifact_manifest(artifact.path).details.get("engines"))
+
+
 def find_engines(artifact: Artifact) -> Engines:
     """Raises ArchwrightError RUN040 where there are none, RUN044 where one is missing or not listed in the manifest, or
     something in the folder reaches out of it.

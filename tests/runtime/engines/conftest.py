@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,23 @@ import pytest
 
 from archwright.compiler.interpreters.numpy_ops import run_numpy
 from archwright.compiler.ir import Plan
+from archwright.compiler.targets.onnx_graph import cache_names
 from archwright.compiler.targets.tensorrt_config import default_profiles
 from archwright.compiler.weights.streaming import GeneratedWeights
-from archwright.runtime.artifact import Artifact
+from archwright.runtime.artifact import SEAL, Artifact, seal
 from archwright.runtime.backends.tensorrt_backend import TensorRTBackend
+from archwright.runtime.engines.binding import read_bindings
 from archwright.runtime.engines.device import Array
 from archwright.runtime.engines.mailbox import ThreadMailbox
 from archwright.runtime.engines.opening import EngineFile, Engines
+from archwright.runtime.engines.probe import make_probe, write_probe
 from archwright.runtime.engines.processes import start_ranks
 from archwright.runtime.engines.ranks import Ranks, RankServer
 from archwright.runtime.model import Model
-from archwright.spec import Spec
-from tests.runtime.engines.fake import World
+from archwright.runtime.rank_weights import RankWeights
+from archwright.spec import Spec, load
+from archwright.spec.manifest import read_manifest, write_manifest
+from tests.runtime.engines.fake import FakeEngine, World
 from tests.runtime.engines.models import (
     CAPACITY,
     fake_engine,
@@ -34,6 +40,20 @@ from tests.runtime.engines.models import (
     stage_caches,
     stage_program,
 )
+
+FACTS: dict[str, Any] = {
+    "library": "tensorrt_rtx",
+    "version": "1.7.1",
+    "compute_capabilities": ["8.9", "12.0"],
+    "gpu": None,
+    "flags": [],
+    "hardware_compatibility": "none",
+    "optimization_level": 3,
+    "workspace_gib": 4.0,
+    "structural_hash": "0" * 64,
+    "layers": {"MATRIX_MULTIPLY": 9, "KV_CACHE_UPDATE": 4},
+}
+"""What the manifest says of an engine, but for its profiles."""
 
 
 @dataclass
@@ -114,3 +134,56 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     yield make
     for ranks in made:
         ranks.close()
+
+
+def rewrite(folder: Path, engines: Mapping[str, Any]) -> None:
+    """A manifest of what now lies in the folder."""
+    spec, old = load(folder / "spec.yaml"), read_manifest(folder)
+    details = old.details | {"engines": dict(engines)}
+    measured = {key: value for key, value in (old.measured or {}).items() if key != SEAL}
+    measured[SEAL] = seal(details, measured, old.spec_digest)
+    write_manifest(folder, kind="artifact", spec=spec, details=details, measured=measured)
+
+
+@pytest.fixture
+def engines_of(tmp_path: Path, two_ranks: Path) -> Callable[..., Path]:
+    """`engines_of(flags=[...])`: the artifact of two ranks with files that stand for engines, and a probe, as `build`
+    lists and seals them."""
+
+    def make(**facts: Any) -> Path:
+        folder = tmp_path / "artifact"
+        shutil.copytree(two_ranks, folder)
+        artifact = Artifact(folder, load(folder / "spec.yaml"))
+        limits = {"max_batch": artifact.max_batch, "capacity": artifact.capacity}
+        write_probe(folder, make_probe(artifact.plan, RankWeights(artifact), **limits))
+        for rank in range(2):
+            (folder / f"rank{rank}" / "stage0.engine").write_bytes(b"engine %d" % rank)
+        profiles = default_profiles(artifact.spec.build, artifact.capacity)
+        shown = {"profiles": [profile.model_dump(mode="json") for profile in profiles]}
+        rewrite(folder, {f"rank{rank}/stage0.engine": FACTS | shown | facts for rank in range(2)})
+        return folder
+
+    return make
+
+
+def engines_of_weights(folder: Path) -> World:
+    """Fake engines of an artifact's ranks, with the weights and the graphs that lie in it."""
+    artifact = Artifact(folder, load(folder / "spec.yaml"))
+    held, plan = RankWeights(artifact), artifact.plan
+    world = World(per_stage=len(artifact.graphs))
+    for rank, graph in enumerate(artifact.graphs):
+        world.engines.append(
+            FakeEngine(
+                program=plan.local,
+                weights={name: held.part(name, rank) for name in held.names()},
+                table=read_bindings(graph),
+                caches=cache_names(plan.local),
+                profiles=default_profiles(artifact.spec.build, artifact.capacity),
+            )
+        )
+    return world
+
+
+def in_threads(world: World) -> Callable[[int], Ranks]:
+    """What starts the ranks of fake engines."""
+    return lambda count: Ranks([ThreadMailbox(lambda: RankServer(world.machine).handle, rank) for rank in range(count)])
