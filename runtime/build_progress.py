@@ -1,6 +1,7 @@
 """What `build` is doing: plain lines, and on a terminal a bar for TensorRT's phases."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TextIO
 
@@ -18,11 +19,16 @@ class Reporter:
     watch: Callable[[Phase], None] = lambda phase: None
 
 
-def reporter_to(stream: TextIO) -> Reporter:
+@contextmanager
+def reporter_to(stream: TextIO) -> Iterator[Reporter]:
     """Lines `build: ...` on a stream; where it is a terminal, a bar while an engine is built, else a line a step."""
     if stream.isatty():
         bar = _Bar(Console(file=stream))
-        return Reporter(say=bar.say, watch=bar.watch)
+        try:
+            yield Reporter(say=bar.say, watch=bar.watch)
+        finally:
+            bar.close()  # it hides the cursor
+        return
 
     def say(message: str) -> None:
         print(f"build: {message}", file=stream, flush=True)
@@ -31,7 +37,7 @@ def reporter_to(stream: TextIO) -> Reporter:
         if phase.steps is not None and phase.done:
             say(f"TensorRT: {phase.name.lower()}, step {phase.done} of {phase.steps}")
 
-    return Reporter(say=say, watch=watch)
+    yield Reporter(say=say, watch=watch)
 
 
 class _Bar:
@@ -43,12 +49,12 @@ class _Bar:
         self._task = TaskID(0)
 
     def say(self, message: str) -> None:
-        self._close()  # a build that failed has not told of its end
+        self.close()
         self._console.print(f"build: {message}", highlight=False, markup=False)
 
     def watch(self, phase: Phase) -> None:
         if phase.steps is None:
-            self._close()
+            self.close()
             return
         if self._progress is None:
             columns = (TextColumn("  {task.description}"), BarColumn(), TimeElapsedColumn())
@@ -57,7 +63,7 @@ class _Bar:
             self._progress.start()
         self._progress.update(self._task, completed=phase.done)
 
-    def _close(self) -> None:
+    def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

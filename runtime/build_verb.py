@@ -20,14 +20,10 @@ def build(arguments: list[str]) -> int:
     from archwright.runtime.build_progress import reporter_to  # after parsing, so that --help is quick
     from archwright.runtime.building import build as build_artifact
 
-    report = build_artifact(
-        chosen.source,
-        chosen.out,
-        chosen.to,
-        chosen.overrides,
-        reporter_to(sys.stderr),
-        chosen.plan,
-    )
+    with reporter_to(sys.stderr) as reporter:
+        report = build_artifact(
+            chosen.source, chosen.out, chosen.to, chosen.overrides, progress=reporter, plan=chosen.plan
+        )
     print(json.dumps(report.as_json(), indent=2) if chosen.output_format == "json" else report.as_text())
     print(f"build: wrote {chosen.out}", file=sys.stderr)
     return 0

@@ -34,7 +34,7 @@ def build_engines(artifact: Artifact, builder: EngineBuilder, reporter: Reporter
         engine = builder.build(graph, planned)
         engines[engine.path.relative_to(artifact.path).as_posix()] = engine
     structures = len({engine.structure for engine in engines.values()})
-    reporter.say(f"built {len(engines)} engines of {structures} structure{'s' if structures > 1 else ''}")
+    reporter.say(f"built {_count(len(engines), 'engine')} of {_count(structures, 'structure')}")
     reporter.say("computing the values that the engines will be compared with")
     weights = RankWeights(artifact)
     write_probe(
@@ -52,3 +52,7 @@ def engine_builder(spec: Spec, library: ModuleType, reporter: Reporter) -> Engin
     build = spec.build
     profiles = default_profiles(build, build.max_positions or spec.model.max_positions)
     return EngineBuilder(profiles=profiles, engine=build.engine, library=library, watch=reporter.watch)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

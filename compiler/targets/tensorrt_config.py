@@ -57,8 +57,14 @@ class BuiltFor:
 
 
 def built_for(trt: ModuleType, engine: Engine) -> BuiltFor:
-    """Raises ArchwrightError BUILD034 where the spec names compute capabilities that full TensorRT cannot choose."""
+    """Raises ArchwrightError BUILD034 where the spec wants engines for GPUs that this library cannot promise."""
     if tensorrt_flavor(trt) == "tensorrt_rtx":
+        if engine.hardware_compatibility != "none":
+            raise ArchwrightError(
+                "BUILD034",
+                f"{tensorrt_title(trt)} does not know `build.engine.hardware_compatibility`",
+                help="leave it out: its engines run on every GPU of their compute capabilities",
+            )
         named = tuple(f"{capability:.1f}" for capability in engine.compute_capabilities)
         return BuiltFor(capabilities=named or PORTABLE_CAPABILITIES, gpu=None)
     gpu = next(iter(visible_gpus()), None)
@@ -102,11 +108,11 @@ class TimingCache:
         if self._path is None:
             return
         if not self._times:
-            log.add("warning", f"{self._title} times no kernels: build.engine.timing_cache ({self._path}) is not used")
+            log.add("warning", f"{self._title} times no kernels: build.engine.timing_cache is not used")
             return
         cache = config.create_timing_cache(self._content)
         if cache is None or not config.set_timing_cache(cache, False):
-            log.add("warning", f"the timings in {self._path} are those of another GPU or version: they begin anew")
+            log.add("warning", f"the timings in {self._path.name} are another GPU's or version's: they begin anew")
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
     def keep(self, config: Any) -> None:
@@ -124,9 +130,10 @@ def configure(trt: ModuleType, builder: Any, network: Any, profiles: Sequence[Pr
     config.clear_flag(trt.BuilderFlag.TF32)  # float32 in the spec means float32
     for flag in flags_of(trt, engine):
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    level = engine.hardware_compatibility
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level.upper())
-    if tensorrt_flavor(trt) == "tensorrt_rtx" and engine.compute_capabilities:
+    if tensorrt_flavor(trt) == "tensorrt":
+        level = engine.hardware_compatibility.upper()
+        config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, level)
+    elif engine.compute_capabilities:
         config.num_compute_capabilities = len(engine.compute_capabilities)
         for index, capability in enumerate(engine.compute_capabilities):
             known = getattr(trt.ComputeCapability, "SM" + f"{capability:.1f}".replace(".", ""))

@@ -98,7 +98,7 @@ class EngineBuilder:
         TensorRT stops within a step, and nothing is written.
         """
         trt, start = self.library, time.monotonic()
-        log, logger = BuildLog(), shared_logger(trt)
+        log, logger = BuildLog(folder=graph.parent.parent), shared_logger(trt)
         logger.messages.clear()
         logger.log_to = log
         try:

@@ -24,12 +24,17 @@ class Phase:
 
 @dataclass(kw_only=True)
 class BuildLog:
-    """The messages of one build, a line each, as they came. Times stand in it, so no two builds give the same."""
+    """The messages of one build, a line each, as they came. Times stand in it, so no two builds give the same.
 
+    folder: of the artifact, whose place on this machine is left out.
+    """
+
+    folder: Path | None = None
     lines: list[str] = field(default_factory=list[str])
 
     def add(self, severity: str, message: str) -> None:
-        self.lines += [f"{severity:<8} {line.rstrip()}" for line in message.splitlines() if line.strip()]
+        text = message if self.folder is None else message.replace(f"{self.folder}/", "")
+        self.lines += [f"{severity:<8} {line.rstrip()}" for line in text.splitlines() if line.strip()]
 
     def write(self, path: Path) -> None:
         atomic_write(path, "".join(f"{line}\n" for line in self.lines))

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import onnx
+
 from archwright.compiler.targets.gpus import Gpu
+from archwright.compiler.targets.structural_hash import structural_hash
 from archwright.compiler.targets.tensorrt_loader import tensorrt_flavor, tensorrt_title
-from archwright.runtime.artifact import Artifact, escapes, read_artifact_manifest
+from archwright.runtime.artifact import Artifact, escapes, external_data, read_artifact_manifest
 from archwright.spec import ArchwrightError
 from archwright.spec.models import Profile
 
@@ -68,11 +71,9 @@ def has_engines(artifact: Artifact) -> bool:
 
 
 def find_engines(artifact: Artifact) -> Engines:
-    """Raises ArchwrightError RUN040 where there are none, RUN044 where one is missing or not listed in the manifest, or
-    something in the folder reaches out of it.
+    """Raises ArchwrightError RUN040 where there are none, RUN044 where one is missing, not listed in the manifest or of
+    another graph, or something in the folder reaches out of it.
     """
-    from archwright.runtime.verification import external_data  # it imports what opens artifacts
-
     manifest = read_artifact_manifest(artifact.path)
     listed: Mapping[str, Any] = manifest.details.get("engines", {})
     if not listed:
@@ -86,9 +87,17 @@ def find_engines(artifact: Artifact) -> Engines:
         name = path.relative_to(artifact.path).as_posix()
         if name not in listed or name not in manifest.files or not path.is_file():
             raise _changed(artifact, f"{name} is missing: each of the {len(artifact.graphs)} ranks has an engine")
+        if not _belongs(graph, listed[name]):
+            raise _changed(artifact, f"{name} was not built from {graph.name}: their structural hashes differ")
         sha256 = manifest.files[name].sha256
         files.append(EngineFile(rank=rank, graph=graph, path=path, sha256=sha256, facts=listed[name]))
     return Engines(artifact=artifact, files=tuple(files), stages=artifact.spec.build.parallel.pipeline)
+
+
+def _belongs(graph: Path, facts: Mapping[str, Any]) -> bool:
+    """Whether an engine was built from a graph of this structure, with what the manifest says of it."""
+    config = {key: value for key, value in facts.items() if key not in ("structural_hash", "layers")}
+    return structural_hash(onnx.load(graph, load_external_data=False), config) == facts["structural_hash"]
 
 
 def _changed(artifact: Artifact, problem: str) -> ArchwrightError:

@@ -56,9 +56,9 @@ def test_the_ranks_of_a_plan_share_a_structure_and_nothing_else_does(make_spec, 
 
 
 def test_an_engine_for_named_gpus_says_so_and_the_check_is_shared(trt, make_spec, export, monkeypatch):
-    """Version-compatible, for two compute capabilities, both ranks by one builder."""
+    """Version-compatible, both ranks by one builder."""
     model = export(make_spec(layers=1), tensor=2, precision="float16")
-    options = {"version_compatible": True, "hardware_compatibility": "ampere_plus", "compute_capabilities": (8.9, 12.0)}
+    options = {"version_compatible": True, "compute_capabilities": (8.9, 12.0)}
     phases: list[Phase] = []
     checked: list[Any] = []
     check = tensorrt_engine_check()
@@ -71,7 +71,6 @@ def test_an_engine_for_named_gpus_says_so_and_the_check_is_shared(trt, make_spec
     facts = summaries[1].facts
     assert facts["compute_capabilities"] == ["8.9", "12.0"] and facts["gpu"] is None
     assert facts["flags"] == ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"]
-    assert facts["hardware_compatibility"] == "ampere_plus"
     assert facts["library"] == "tensorrt_rtx" and facts["version"] == trt.__version__
     assert facts["layers"] == dict(summaries[0].layers) and len(facts["profiles"]) == 2
     assert phases[0].done == 0 and phases[-1].steps is None
@@ -144,7 +143,7 @@ def test_timings_go_from_rank_to_rank_through_the_file(tmp_path):
             timings.keep(config)
     assert path.read_bytes() == b"++++"
     timings.attach(Config(accepts=False), log)
-    assert log.lines == [f"warning  the timings in {path} are those of another GPU or version: they begin anew"]
+    assert log.lines == ["warning  the timings in timings.bin are another GPU's or version's: they begin anew"]
 
 
 def test_a_library_that_times_nothing_says_so_in_the_log(trt, tmp_path, make_spec, export):
@@ -152,9 +151,17 @@ def test_a_library_that_times_nothing_says_so_in_the_log(trt, tmp_path, make_spe
     path = tmp_path / "timings.bin"
     builder_for(trt, Engine(timing_cache=str(path))).build(model.graph, model.planned)
     assert not path.exists()
-    assert f"times no kernels: build.engine.timing_cache ({path}) is not used" in (
-        model.graph.with_suffix(".log").read_text()
-    )
+    log = model.graph.with_suffix(".log").read_text()
+    assert "times no kernels: build.engine.timing_cache is not used" in log
+    assert "rank0/stage0.onnx" in log and str(tmp_path) not in log, "where it was built is nobody's business"
+
+
+def test_what_rtx_cannot_promise_is_refused():
+    rtx = ModuleType("tensorrt_rtx")
+    rtx.__dict__["__version__"] = "1.7.1"
+    with pytest.raises(ArchwrightError, match=r"BUILD034 .* does not know `build\.engine\.hardware_compatibility`"):
+        built_for(rtx, Engine(hardware_compatibility="ampere_plus"))
+    assert built_for(rtx, Engine()).capabilities == ("8.0", "8.6", "8.9", "12.0", "12.1")
 
 
 H100 = Gpu(name="NVIDIA H100", capability="9.0")

@@ -15,6 +15,7 @@ import pytest
 from archwright.compiler.interpreters.numpy_ops import run_numpy
 from archwright.compiler.ir import Plan
 from archwright.compiler.targets.onnx_graph import cache_names
+from archwright.compiler.targets.structural_hash import structural_hash
 from archwright.compiler.targets.tensorrt_config import default_profiles
 from archwright.compiler.weights.streaming import GeneratedWeights
 from archwright.runtime.artifact import SEAL, Artifact, seal
@@ -50,7 +51,6 @@ FACTS: dict[str, Any] = {
     "hardware_compatibility": "none",
     "optimization_level": 3,
     "workspace_gib": 4.0,
-    "structural_hash": "0" * 64,
     "layers": {"MATRIX_MULTIPLY": 9, "KV_CACHE_UPDATE": 4},
 }
 """What the manifest says of an engine, but for its profiles."""
@@ -145,6 +145,16 @@ def rewrite(folder: Path, engines: Mapping[str, Any]) -> None:
     write_manifest(folder, kind="artifact", spec=spec, details=details, measured=measured)
 
 
+def listed(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `build` says of the engines in a folder: FACTS, with `facts` in their place."""
+    entries: dict[str, Any] = {}
+    for rank in range(2):
+        graph = onnx.load(folder / f"rank{rank}" / "stage0.onnx", load_external_data=False)
+        config = {key: value for key, value in (FACTS | facts).items() if key != "layers"}
+        entries[f"rank{rank}/stage0.engine"] = FACTS | facts | {"structural_hash": structural_hash(graph, config)}
+    return entries
+
+
 @pytest.fixture
 def engines_of(tmp_path: Path, two_ranks: Path) -> Callable[..., Path]:
     """`engines_of(flags=[...])`: the artifact of two ranks with files that stand for engines, and a probe, as `build`
@@ -160,7 +170,7 @@ def engines_of(tmp_path: Path, two_ranks: Path) -> Callable[..., Path]:
             (folder / f"rank{rank}" / "stage0.engine").write_bytes(b"engine %d" % rank)
         profiles = default_profiles(artifact.spec.build, artifact.capacity)
         shown = {"profiles": [profile.model_dump(mode="json") for profile in profiles]}
-        rewrite(folder, {f"rank{rank}/stage0.engine": FACTS | shown | facts for rank in range(2)})
+        rewrite(folder, listed(folder, shown | facts))
         return folder
 
     return make

@@ -15,7 +15,7 @@ from archwright.runtime.on_target import verify_on_target
 from archwright.runtime.verification import Report
 from archwright.spec import ArchwrightError
 from archwright.spec.cli import main
-from tests.runtime.engines.conftest import FACTS, Rig, engines_of_weights, in_threads, rewrite
+from tests.runtime.engines.conftest import Rig, engines_of_weights, in_threads
 from tests.runtime.engines.fake import World
 
 
@@ -95,14 +95,7 @@ def test_without_a_gpu_the_verb_says_what_is_needed(
     except ArchwrightError as error:
         pytest.skip(str(error))
     monkeypatch.setattr(tensorrt_backend, "visible_gpus", lambda: ())
-    folder = engines_of()
-    rewrite(
-        folder,
-        {
-            name: FACTS | {"version": library.__version__, "library": library.__name__, "profiles": []}
-            for name in ("rank0/stage0.engine", "rank1/stage0.engine")
-        },
-    )
+    folder = engines_of(version=library.__version__, library=library.__name__)
     assert main(["verify", "--on-target", str(folder)]) == 1
     told = capsys.readouterr().err
     assert "RUN041 the engines need 2 NVIDIA GPUs, and none is here" in told

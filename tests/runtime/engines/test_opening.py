@@ -11,14 +11,14 @@ import onnx
 import pytest
 
 from archwright.compiler.targets.gpus import Gpu
-from archwright.runtime import open_model
+from archwright.runtime import open_model, verify
 from archwright.runtime.artifact import Artifact, open_artifact
 from archwright.runtime.backends import tensorrt_backend
 from archwright.runtime.engines.opening import Engines, check_machine, find_engines, read_engine
 from archwright.runtime.inspection import inspect_folder
 from archwright.spec import ArchwrightError, load
-from archwright.spec.manifest import MANIFEST
-from tests.runtime.engines.conftest import FACTS, engines_of_weights, in_threads, rewrite
+from archwright.spec.manifest import MANIFEST, read_manifest
+from tests.runtime.engines.conftest import engines_of_weights, in_threads, rewrite
 
 ADA = Gpu(name="NVIDIA RTX 4090", capability="8.9")
 H100 = Gpu(name="NVIDIA H100", capability="9.0")
@@ -119,7 +119,8 @@ def _hard_link(folder: Path) -> None:
 
 
 def _unlisted(folder: Path) -> None:
-    rewrite(folder, {"rank0/stage0.engine": FACTS})
+    entries = read_manifest(folder).details["engines"]
+    rewrite(folder, {"rank0/stage0.engine": entries["rank0/stage0.engine"]})
 
 
 def _outside(folder: Path) -> None:
@@ -128,7 +129,16 @@ def _outside(folder: Path) -> None:
     tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
     tensor.external_data[0].value = "../rank0/stage0.data"
     graph.write_bytes(model.SerializeToString())
-    rewrite(folder, {f"rank{rank}/stage0.engine": FACTS for rank in range(2)})
+    rewrite(folder, read_manifest(folder).details["engines"])
+
+
+def _other_graph(folder: Path) -> None:
+    """Both graphs of another build, which fit together, and the engines of this one."""
+    for graph in sorted(folder.glob("rank*/stage0.onnx")):
+        model = onnx.load(graph, load_external_data=False)
+        model.graph.node[5].name += "_2"
+        graph.write_bytes(model.SerializeToString())
+    rewrite(folder, read_manifest(folder).details["engines"])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +148,7 @@ def _outside(folder: Path) -> None:
         (_link, "rank1/stage0.engine is a symbolic link"),
         (_hard_link, "rank1/stage0.engine is a hard link"),
         (_unlisted, "rank1/stage0.engine is missing"),
+        (_other_graph, "rank0/stage0.engine was not built from stage0.onnx: their structural hashes differ"),
         (_outside, "names `../rank0/stage0.data`, which is not beside it"),
     ],
 )
@@ -149,6 +160,7 @@ def test_a_folder_that_is_not_whole_is_refused(
     error = error_of(lambda: find_engines(Artifact(folder, load(folder / "spec.yaml"))))
     assert error.code == "RUN044" and words in error.message
     assert "--to engine" in (error.help or "")
+    assert not verify(folder).ok, "verify sees it too, without a GPU"
 
 
 def test_an_artifact_of_graphs_has_no_engines(two_ranks: Path) -> None:
