@@ -118,6 +118,7 @@ def open_messages(engines: Engines) -> list[Message]:
                 "engine": str(file.path),
                 "sha256": file.sha256,
                 "profiles": file.facts["profiles"],
+                "library": file.facts["library"],
                 "host_code": carries_host_code(file.facts),
                 "rebuild": rebuild(engines.artifact),
             },
@@ -132,7 +133,7 @@ def usable_engines(artifact: Artifact) -> Engines:
     Raises ArchwrightError RUN040 to RUN044, or BUILD001 without TensorRT.
     """
     engines = find_engines(artifact)
-    check_machine(engines, load_tensorrt(), visible_gpus())
+    check_machine(engines, load_tensorrt(engines.facts["library"]), visible_gpus())
     return engines
 
 

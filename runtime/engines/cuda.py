@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
+from archwright.compiler.targets.tensorrt_loader import Flavor, load_tensorrt, tensorrt_title
 from archwright.compiler.targets.tensorrt_progress import shared_logger
 from archwright.runtime.engines.device import Array, Place
 from archwright.spec import ArchwrightError
@@ -66,8 +66,8 @@ class CudaDevice:
         self.torch_stream.synchronize()
         return content.numpy().view(dtype).reshape(shape)
 
-    def deserialize(self, content: bytes, *, host_code: bool) -> Any:
-        trt = load_tensorrt()
+    def deserialize(self, content: bytes, *, library: Flavor, host_code: bool) -> Any:
+        trt = load_tensorrt(library)
         logger = shared_logger(trt)
         logger.messages.clear()
         self._runtime = trt.Runtime(logger)  # engines need it to live

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from archwright.compiler.targets.tensorrt_loader import Flavor
+
 Array = NDArray[Any]
 
 
@@ -43,10 +45,11 @@ class Device(Protocol):
         """Wait for the stream, and copy from the beginning of `memory`."""
         ...
 
-    def deserialize(self, content: bytes, *, host_code: bool) -> Any:
+    def deserialize(self, content: bytes, *, library: Flavor, host_code: bool) -> Any:
         """TensorRT's ICudaEngine. Raises ArchwrightError RUN045 where TensorRT refuses it.
 
-        host_code: whether the engine brings code for the host along, as version-compatible ones do.
+        library: `tensorrt` or `tensorrt_rtx`, which built it. host_code: whether the engine brings code for the host
+        along, as version-compatible ones do.
         """
         ...
 

@@ -6,7 +6,7 @@ import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,7 +41,7 @@ def raise_failure(message: Message, rank: int) -> None:
     raise ArchwrightError(found["code"], found["message"], where=where, help=found["help"])
 
 
-def write_message(stream: BinaryIO, message: Message) -> None:
+def write_message(stream: IO[bytes], message: Message) -> None:
     arrays = {name: np.ascontiguousarray(array) for name, array in message.arrays.items()}
     assert all(str(array.dtype) in _TYPES for array in arrays.values())
     shapes = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
@@ -52,7 +52,7 @@ def write_message(stream: BinaryIO, message: Message) -> None:
     stream.flush()
 
 
-def read_message(stream: BinaryIO) -> Message | None:
+def read_message(stream: IO[bytes]) -> Message | None:
     """The next message; None at the end of the stream."""
     size = stream.read(_LENGTH.size)
     if len(size) < _LENGTH.size:

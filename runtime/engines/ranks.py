@@ -62,7 +62,7 @@ class RankServer:
         self._rank = Rank(
             place=place,
             table=read_bindings(Path(fields["graph"])),
-            engine=device.deserialize(content, host_code=fields["host_code"]),
+            engine=device.deserialize(content, library=fields["library"], host_code=fields["host_code"]),
             device=device,
             peers=peers,
             profiles=tuple(Profile.model_validate(profile) for profile in fields["profiles"]),

@@ -116,7 +116,7 @@ class FakeDevice:
     def read(self, memory: HostMemory, shape: Sequence[int], dtype: Any) -> Array:
         return at(memory.address, shape, dtype).copy()
 
-    def deserialize(self, content: bytes, *, host_code: bool) -> "FakeEngine":
+    def deserialize(self, content: bytes, *, library: str, host_code: bool) -> "FakeEngine":
         assert content and not host_code, "an engine file is not empty"
         self.engine.device = self
         return self.engine

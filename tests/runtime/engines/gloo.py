@@ -34,9 +34,9 @@ class TorchDevice(FakeDevice):
     def allocate(self, num_bytes: int) -> Any:
         return TorchMemory(torch.zeros(num_bytes, dtype=torch.uint8))
 
-    def deserialize(self, content: bytes, *, host_code: bool) -> FakeEngine:
+    def deserialize(self, content: bytes, *, library: str, host_code: bool) -> FakeEngine:
         self.engine = fake_engine(content)
-        return super().deserialize(content, host_code=host_code)
+        return super().deserialize(content, library=library, host_code=host_code)
 
 
 def machine(place: Place, world: int, rendezvous: str) -> tuple[TorchDevice, GlooPeers]:

@@ -173,7 +173,7 @@ def test_auto_takes_onnx_runtime_and_says_why(
     engines_of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, two_ranks: Path
 ) -> None:
     folder = engines_of()
-    monkeypatch.setattr(tensorrt_backend, "load_tensorrt", library)
+    monkeypatch.setattr(tensorrt_backend, "load_tensorrt", lambda prefer: library(prefer))
     monkeypatch.setattr(tensorrt_backend, "visible_gpus", lambda: ())
     model = open_model(folder)
     assert model.describe().startswith("ONNX Runtime ")
@@ -190,7 +190,7 @@ def test_auto_takes_the_engines_where_they_run_and_hides_no_damage(
 ) -> None:
     """The binding tables are those of the real graphs."""
     folder = engines_of()
-    monkeypatch.setattr(tensorrt_backend, "load_tensorrt", library)
+    monkeypatch.setattr(tensorrt_backend, "load_tensorrt", lambda prefer: library(prefer))
     monkeypatch.setattr(tensorrt_backend, "visible_gpus", lambda: (ADA, ADA))
     monkeypatch.setattr("archwright.runtime.engines.processes.start_ranks", in_threads(engines_of_weights(folder)))
     model = open_model(folder)
