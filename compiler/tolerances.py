@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Target = Literal["torch", "onnxruntime"]
+Target = Literal["torch", "onnxruntime", "tensorrt"]
 
 TOLERANCES: Mapping[tuple[Target, str], float] = {
     ("torch", "float64"): 1e-12,
@@ -22,6 +22,10 @@ TOLERANCES: Mapping[tuple[Target, str], float] = {
     ("torch", "float16"): 8e-3,
     # Also of half-precision graphs, which run on CPUs as float32 copies (`targets.retype`), and of merged ranks.
     ("onnxruntime", "float32"): 2e-5,
+    # Those of torch, which rounds at the same places. No engine has been run yet, so none of them was measured.
+    ("tensorrt", "float32"): 2e-5,
+    ("tensorrt", "bfloat16"): 6e-2,
+    ("tensorrt", "float16"): 8e-3,
 }
 """(target, dtype of its computation) → largest error."""
 

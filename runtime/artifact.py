@@ -1,6 +1,7 @@
 """An artifact folder, as `build` writes it and `verify` and `open_model` read it.
 
     manifest.json  spec.yaml  tokenizer.*  rank0/stage0.onnx  rank0/stage0.data  rank1/stage0.onnx  ...
+    with engines also   probe.safetensors  rank0/stage0.engine  rank0/stage0.log  ...
 
 A rank has the graph of the pipeline stage that it belongs to: `rank2/stage1.onnx` in the second of two ranks each.
 
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from archwright.compiler.interpreters.onnx_dialects import Dialect, dialect_of
 from archwright.compiler.ir import Plan
@@ -138,6 +141,21 @@ def escapes(path: Path) -> Iterator[str]:
             yield f"{name} is a symbolic link"
         elif file.is_file() and file.stat().st_nlink > 1:
             yield f"{name} is a hard link: the file has another name, which may lie outside"
+
+
+def external_data(path: Path) -> Iterator[str]:
+    """A sentence for each graph whose external data is not the file beside it."""
+    for graph in sorted(path.glob("rank*/*.onnx")):
+        name = graph.relative_to(path).as_posix()
+        try:
+            tensors = onnx.load(graph, load_external_data=False).graph.initializer
+        except Exception as error:  # protobuf's DecodeError, and whatever a broken file may bring about
+            yield f"{name}: not an ONNX graph ({type(error).__name__})"
+            continue
+        locations = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
+        for place in sorted(locations):
+            if Path(place).name != place or place in ("", "."):
+                yield f"{name}: names `{place}`, which is not beside it"
 
 
 def seal(details: Mapping[str, Any], measured: Mapping[str, Any], spec_digest: str | None) -> str:

@@ -25,7 +25,7 @@ from archwright.compiler.tolerances import TOLERANCES, Target, largest_error
 from archwright.compiler.weights.folder import open_folder
 from archwright.compiler.weights.fused import FusedWeights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
-from archwright.runtime.artifact import Artifact, escapes, is_artifact, read_artifact_manifest
+from archwright.runtime.artifact import Artifact, escapes, external_data, is_artifact, read_artifact_manifest
 from archwright.runtime.rank_weights import RankWeights
 from archwright.runtime.recorded_runs import (
     LOGITS,
@@ -38,7 +38,7 @@ from archwright.runtime.recorded_runs import (
     operation_names,
     rank_part,
 )
-from archwright.runtime.verification import computable, external_data, numeric_scope
+from archwright.runtime.verification import computable, numeric_scope
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.load import resolve
 from archwright.spec.manifest import check_manifest

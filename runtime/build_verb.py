@@ -17,16 +17,13 @@ def build(arguments: list[str]) -> int:
     add_set(args)
     add_output_format(args, ("text", "json"))
     chosen = args.parse_args(arguments)
-    from archwright.runtime.building import build as build_artifact  # after parsing, so that --help is quick
+    from archwright.runtime.build_progress import reporter_to  # after parsing, so that --help is quick
+    from archwright.runtime.building import build as build_artifact
 
-    report = build_artifact(
-        chosen.source,
-        chosen.out,
-        chosen.to,
-        chosen.overrides,
-        lambda message: print(f"build: {message}", file=sys.stderr, flush=True),
-        chosen.plan,
-    )
+    with reporter_to(sys.stderr) as reporter:
+        report = build_artifact(
+            chosen.source, chosen.out, chosen.to, chosen.overrides, progress=reporter, plan=chosen.plan
+        )
     print(json.dumps(report.as_json(), indent=2) if chosen.output_format == "json" else report.as_text())
     print(f"build: wrote {chosen.out}", file=sys.stderr)
     return 0

@@ -8,19 +8,18 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from archwright.compiler.passes import degrees_of, lower
 from archwright.compiler.planning import check_plan
-from archwright.compiler.targets.network_check import planned_network
 from archwright.compiler.targets.onnx_graph import Export, export_graphs
-from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
 from archwright.compiler.weights.folder import open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, is_artifact, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
+from archwright.runtime.build_progress import Reporter
+from archwright.runtime.engine_building import build_engines, engine_builder
 from archwright.runtime.text.tokenizer import open_tokenizer
 from archwright.runtime.verification import Report, content_checks, describe, measurements
 from archwright.spec import ArchwrightError, Spec, dump, load, spec_digest
@@ -29,7 +28,6 @@ from archwright.spec.manifest import write_manifest
 from archwright.spec.models import ModelWeights, Parallel
 
 To = Literal["onnx", "engine"]
-Progress = Callable[[str], None]
 TOOLS = ("archwright", "numpy", "onnx", "onnx-ir", "onnxruntime")
 """Distributions whose versions stand in the manifest, where they are installed."""
 
@@ -48,7 +46,7 @@ def build(
     out: str | Path,
     to: To = "onnx",
     overrides: Mapping[str, object] | None = None,
-    progress: Progress = lambda message: None,
+    progress: Reporter | Callable[[str], None] = lambda message: None,
     plan: Path | None = None,
 ) -> Report:
     """Write the artifact folder `out`, and return what its checks found (all passed).
@@ -56,8 +54,9 @@ def build(
     source: a run (its newest checkpoint), a model folder, or a spec file or preset with build.weights.kind=generated.
     to: onnx, or engine for TensorRT engines beside the graphs. overrides: of the spec's `build` section.
     plan: a file of `archwright plan -o`, refused (PLAN005) where it was made for something else.
-    Graphs and weights of equal inputs are byte-equal.
-    Raises ArchwrightError BUILD001 to BUILD006 where it cannot be built, VERIFY010 where a check fails; then, and
+    progress: is told what is being done; a Reporter also of TensorRT's phases.
+    Graphs and weights of equal inputs are byte-equal; engines and their logs are not, which is TensorRT's doing.
+    Raises ArchwrightError BUILD001 to BUILD034 where it cannot be built, VERIFY010 where a check fails; then, and
     where it is interrupted, there is no `out`.
     """
     out = Path(out)
@@ -66,17 +65,20 @@ def build(
     # What is missing is said before anything is computed.
     load_onnxruntime()
     tensorrt = load_tensorrt() if to == "engine" else None
+    reporter = progress if isinstance(progress, Reporter) else Reporter(say=progress)
     opened = _open_source(source, overrides or {})
     if tensorrt is not None:
         _check_target(source, opened.spec)
+    spec = _artifact_spec(opened.spec)
+    builder = None if tensorrt is None else engine_builder(Artifact(out, spec), tensorrt, reporter)
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     with atomic_folder(out) as folder:
         start = time.perf_counter()
-        artifact = Artifact(folder, _artifact_spec(opened.spec))
-        export = _write(artifact, opened, progress)
+        artifact = Artifact(folder, spec)
+        export = _write(artifact, opened, reporter.say)
         exported_s = time.perf_counter() - start
-        report = Report(path=out, checks=tuple(content_checks(artifact, source=opened.weights, progress=progress)))
+        report = Report(path=out, checks=tuple(content_checks(artifact, source=opened.weights, progress=reporter.say)))
         if not report.ok:
             raise _failed(source, report)
         measured: dict[str, Any] = {
@@ -85,11 +87,10 @@ def build(
             "verify_s": time.perf_counter() - start - exported_s,
         }
         details = describe(artifact.spec) | {"toolchain": _versions()}
-        if tensorrt is not None:
-            engines = _build_engines(artifact, tensorrt, progress)
-            details["toolchain"]["tensorrt"] = tensorrt_title(tensorrt)
-            details["engines"] = {name: {"layers": dict(engine.layers)} for name, engine in engines.items()}
-            measured["engine_s"] = {name: engine.seconds for name, engine in engines.items()}
+        if builder is not None:
+            engines = build_engines(artifact, builder, reporter)
+            details["toolchain"]["tensorrt"] = tensorrt_title(builder.library)
+            details["engines"], measured["engine_s"] = engines.details, engines.measured
         _list_files(artifact, export, details, measured)
     return report
 
@@ -156,10 +157,11 @@ def _artifact_spec(spec: Spec) -> Spec:
     """The part of a spec that an artifact is made of: no paths, nothing of the training."""
     parts = {"extends": None, "tokenizer": None, "data": None, "train": None, "parallel": Parallel()}
     capacity = spec.build.max_positions or spec.model.max_positions
-    return spec.model_copy(update=parts | {"build": spec.build.model_copy(update={"max_positions": capacity})})
+    build = {"max_positions": capacity, "engine": spec.build.engine.model_copy(update={"timing_cache": None})}
+    return spec.model_copy(update=parts | {"build": spec.build.model_copy(update=build)})
 
 
-def _write(artifact: Artifact, opened: _Source, progress: Progress) -> Export:
+def _write(artifact: Artifact, opened: _Source, progress: Callable[[str], None]) -> Export:
     ranks = len(artifact.graphs)
     progress(f"writing the graph{'s' if ranks > 1 else ''} and weights of {ranks} rank{'s' if ranks > 1 else ''}")
     (artifact.path / "spec.yaml").write_text(dump(artifact.spec))
@@ -182,29 +184,6 @@ def _list_files(artifact: Artifact, export: Export, details: dict[str, Any], mea
     spec = artifact.spec
     sealed = measured | {SEAL: seal(details, measured, spec_digest(spec))}
     write_manifest(artifact.path, kind="artifact", spec=spec, details=details, measured=sealed, known=export.data)
-
-
-def _build_engines(artifact: Artifact, library: ModuleType, progress: Progress) -> dict[str, EngineSummary]:
-    """An engine beside each rank's graph, by its path in the artifact."""
-    build = artifact.spec.build
-    profiles = default_profiles(build, artifact.capacity, token_bytes=artifact.rank_gathered_bytes)
-    planned = [
-        planned_network(
-            artifact.plan,
-            precision=artifact.precision,
-            capacity=artifact.capacity,
-            stage=stage,
-            options=artifact.options,
-        )
-        for stage in range(artifact.num_stages)
-    ]
-    engines: dict[str, EngineSummary] = {}
-    for rank, graph in enumerate(artifact.graphs):
-        progress(f"building engine {rank + 1} of {len(artifact.graphs)} with {tensorrt_title(library)}")
-        stage = artifact.stage_of_rank(rank)
-        engine = build_engine(graph, profiles, build.engine, planned[stage], library=library)
-        engines[engine.path.relative_to(artifact.path).as_posix()] = engine
-    return engines
 
 
 def _versions() -> dict[str, str]:

@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from archwright.compiler.targets.gpus import visible_gpus
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_flavor, tensorrt_title
 from archwright.spec.cli import add_output_format, parser
 from archwright.spec.errors import ArchwrightError
@@ -193,23 +194,23 @@ def check_onnxruntime() -> list[Finding]:
 
 
 def check_tensorrt() -> list[Finding]:
-    """TensorRT of either kind, and whether it serves the GPUs that are here."""
+    """TensorRT of either kind, and on which of the GPUs that the driver shows its engines run."""
     try:
         module = load_tensorrt()
     except ArchwrightError as error:
         return [Finding(name="tensorrt", status="missing", found=f"{error.message}", fix=error.help or "")]
-    title = tensorrt_title(module)
-    gpus = _gpu_capabilities()
+    title, gpus = tensorrt_title(module), visible_gpus()
     if tensorrt_flavor(module) == "tensorrt_rtx":
-        if (9, 0) in gpus:
+        if any(gpu.capability == "9.0" for gpu in gpus):
             fix = 'pip install "archwright[gpu]": the full TensorRT'
             return [Finding(name="tensorrt", status="warning", found=f"{title} does not serve SM 9.0", fix=fix)]
-        found = title if gpus else f"{title}; builds engines, and no GPU is here to run them"
-        return [Finding(name="tensorrt", status="ok", found=found)]
-    if not gpus:
+        if not gpus:
+            found = f"{title}; builds engines, and no GPU is here to run them"
+            return [Finding(name="tensorrt", status="ok", found=found)]
+    elif not gpus:
         fix = 'run where the GPU is, or pip install "archwright[tensorrt-rtx]", which builds without one'
         return [Finding(name="tensorrt", status="warning", found=f"{title} needs a GPU, and none is here", fix=fix)]
-    return [Finding(name="tensorrt", status="ok", found=title)]
+    return [Finding(name="tensorrt", status="ok", found=f"{title}, for {', '.join(map(str, gpus))}")]
 
 
 def check_transformers() -> list[Finding]:
@@ -226,14 +227,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _gpu_capabilities() -> set[tuple[int, int]]:
-    try:
-        import torch
-    except Exception:  # as in check_torch
-        return set()
-    return {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
 
 
 CHECKS: tuple[Callable[[], list[Finding]], ...] = (

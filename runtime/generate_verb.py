@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     args.add_argument("--top-p", metavar="P", type=float, help="only the most likely tokens that sum to P")
     args.add_argument("--seed", metavar="N", type=int, help="the same seed gives the same text")
     args.add_argument("--stop", metavar="TEXT", action="append", default=[], help="ends an answer; may be repeated")
-    args.add_argument("--backend", choices=("auto", "torch", "onnxruntime"), default="auto")
+    args.add_argument("--backend", choices=("auto", "torch", "onnxruntime", "tensorrt"), default="auto")
     args.add_argument("--device", metavar="DEVICE", default="auto", help="auto (default), cpu, cuda or cuda:N")
     add_output_format(args, ("text", "json"))
     return args

@@ -61,11 +61,32 @@ def _artifact(path: Path) -> Facts:
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),
-        "engines": sorted(manifest.details.get("engines", {})),
+        "engines": {name: _engine_facts(facts) for name, facts in manifest.details.get("engines", {}).items()},
         "toolchain": manifest.details.get("toolchain"),
         "measured": manifest.measured,
         "tokenizer": _tokenizer_facts(artifact.tokenizer),
         "tensors": {name: list(weights.part(name, weights.holders(name)[0]).shape) for name in weights.names()},
+    }
+
+
+def _engine_facts(facts: Facts) -> Facts:
+    """What decides where an engine runs, and what is in it."""
+    gpu = facts["gpu"]
+    where = (
+        f"{gpu['name']} (SM {gpu['compute_capability']})" if gpu else "SM " + ", ".join(facts["compute_capabilities"])
+    )
+    axes = ("batch", "sequence", "positions")
+    profiles = [
+        ", ".join(f"{axis} {profile[axis]['min']}..{profile[axis]['max']}" for axis in axes)
+        for profile in facts["profiles"]
+    ]
+    return {
+        "library": f"{facts['library']} {facts['version']}",
+        "built_for": where,
+        "flags": facts["flags"],
+        "structural_hash": facts["structural_hash"],
+        "layers": sum(facts["layers"].values()),
+        "profiles": {str(number): profile for number, profile in enumerate(profiles)},
     }
 
 

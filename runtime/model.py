@@ -160,9 +160,10 @@ class Model:
 def open_model(path: str | Path, backend: str = "auto", device: str = "auto", *, precision: str = "auto") -> Model:
     """Open a run (its newest checkpoint), a model folder, or an artifact.
 
-    backend: auto | torch (runs and model folders) | onnxruntime (artifacts). device: auto | cpu | cuda | cuda:N.
+    backend: auto | torch (runs and model folders) | onnxruntime, tensorrt (artifacts); auto takes an artifact's engines
+    where they can run, and `Model.describe` says what was taken and why. device: auto | cpu | cuda | cuda:N.
     precision: of PyTorch's computation; auto is float32 on a CPU and the weights' own on a GPU.
-    Raises ArchwrightError RUN010 to RUN023 where the path, the back end or the device do not serve.
+    Raises ArchwrightError RUN010 to RUN023 and RUN040 to RUN048 where path, back end or device do not serve.
     """
     path = Path(path)
     opened = open_artifact(path) if is_artifact(path) else open_folder(path)

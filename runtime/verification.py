@@ -23,8 +23,9 @@ from archwright.compiler.targets.linter import lint
 from archwright.compiler.targets.merge import load_ranks, merge_ranks
 from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
-from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
+from archwright.runtime.artifact import SEAL, Artifact, escapes, external_data, read_artifact_manifest, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_artifact_graphs
+from archwright.runtime.engines.opening import find_engines, has_engines
 from archwright.runtime.numerics import Comparison, compare
 from archwright.runtime.rank_weights import RankWeights, Sample, differing_ranks, differing_source, not_finite
 from archwright.spec import ArchwrightError, Spec, load, spec_digest
@@ -91,7 +92,7 @@ def verify(path: str | Path, progress: Progress = lambda message: None) -> Repor
     load_onnxruntime()
     manifest = read_artifact_manifest(path)
     progress("checking the files")
-    checks = list(_file_checks(path, manifest))
+    checks = list(file_checks(path, manifest))
     if all(check.result == "ok" for check in checks):
         artifact = Artifact(path, load(path / "spec.yaml"))
         checks.append(_check("manifest facts", "VERIFY001", _facts(manifest, artifact)))
@@ -135,7 +136,7 @@ def numeric_scope(spec: Spec) -> Literal["whole", "reduced"]:
     return "whole" if lower(spec).num_params() <= LARGE else "reduced"
 
 
-def _file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
+def file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
     problems = check_manifest(path)
     measured = manifest.measured or {}
     if measured.get(SEAL) != seal(manifest.details, measured, manifest.spec_digest):
@@ -146,21 +147,6 @@ def _file_checks(path: Path, manifest: Manifest) -> Iterator[Check]:
     yield _check("files and hashes", "VERIFY001", problems, detail=f"{len(manifest.files)} files")
     yield _check("no links", "VERIFY002", list(escapes(path)))
     yield _check("external data", "VERIFY003", list(external_data(path)))
-
-
-def external_data(path: Path) -> Iterator[str]:
-    """A sentence for each graph whose external data is not the file beside it."""
-    for graph in sorted(path.glob("rank*/*.onnx")):
-        name = graph.relative_to(path).as_posix()
-        try:
-            tensors = onnx.load(graph, load_external_data=False).graph.initializer
-        except Exception as error:  # protobuf's DecodeError, and whatever a broken file may bring about
-            yield f"{name}: not an ONNX graph ({type(error).__name__})"
-            continue
-        locations = {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"}
-        for place in sorted(locations):
-            if Path(place).name != place or place in ("", "."):
-                yield f"{name}: names `{place}`, which is not beside it"
 
 
 def _facts(manifest: Manifest, artifact: Artifact) -> Iterator[str]:
@@ -177,6 +163,16 @@ def _facts(manifest: Manifest, artifact: Artifact) -> Iterator[str]:
         for key, value in describe(spec).items()
         if manifest.details.get(key) != value
     )
+    yield from _engine_facts(artifact)
+
+
+def _engine_facts(artifact: Artifact) -> Iterator[str]:
+    """An engine for each rank, of that rank's graph, where the artifact has engines at all."""
+    if has_engines(artifact):
+        try:
+            find_engines(artifact)
+        except ArchwrightError as error:
+            yield error.message
 
 
 def describe(spec: Spec) -> dict[str, Any]:

@@ -12,12 +12,17 @@ def verify(arguments: list[str]) -> int:
     args = parser("verify", "Check an artifact: files, graphs, weights, and its numbers against the float64 oracle.")
     args.add_argument("path", metavar="PATH", type=Path, help="a folder written by `archwright build`")
     bisect_help = "name the first operation that differs from the oracle; also of a model folder or a run"
-    args.add_argument("--bisect", action="store_true", help=bisect_help)
+    how = args.add_mutually_exclusive_group()
+    how.add_argument("--bisect", action="store_true", help=bisect_help)
+    target_help = "run the engines here, on all ranks, and compare them with the values that the artifact brings along"
+    how.add_argument("--on-target", action="store_true", help=target_help)
     add_output_format(args, ("text", "json"))
     chosen = args.parse_args(arguments)
     # After parsing, so that --help is quick.
     if chosen.bisect:
         from archwright.runtime.bisection import bisect as check
+    elif chosen.on_target:
+        from archwright.runtime.on_target import verify_on_target as check
     else:
         from archwright.runtime.verification import verify as check
 

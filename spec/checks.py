@@ -6,6 +6,7 @@ A rule is a generator of `Finding`s, listed in `RULES`; `check` places the findi
 from collections.abc import Callable, Iterator
 
 from archwright.spec.diagnostics import span_of
+from archwright.spec.engine_checks import ENGINE_RULES
 from archwright.spec.errors import ArchwrightError, Diagnostic
 from archwright.spec.findings import Finding, divisors, layers, nearest
 from archwright.spec.mesh_checks import MESH_RULES
@@ -224,4 +225,5 @@ RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
     _rope_scaling_is_sane,
     *MESH_RULES,
     *MOE_RULES,
+    *ENGINE_RULES,
 )

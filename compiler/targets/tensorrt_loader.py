@@ -23,15 +23,15 @@ _HELP = (
 )
 
 
-def load_tensorrt() -> ModuleType:
-    """The first of `tensorrt` and `tensorrt_rtx` that imports.
+def load_tensorrt(prefer: Flavor | None = None) -> ModuleType:
+    """The first of `tensorrt` and `tensorrt_rtx` that imports. prefer: the one to try first.
 
     Raises:
         ArchwrightError: BUILD001, when neither does. It names the extras, and says of a library that is installed
             and does not load why not.
     """
     failures: list[str] = []
-    for name in _FLAVORS:
+    for name in sorted(_FLAVORS, key=lambda flavor: flavor != prefer):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:

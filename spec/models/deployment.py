@@ -120,6 +120,14 @@ class Engine(Node):
 
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
     workspace_gib: PositiveFloat = 4.0
+    timing_cache: str | None = None
+    """A file of kernel timings that builds read and add to, all ranks alike. TensorRT for RTX times nothing."""
+    version_compatible: bool = False
+    """Run also with later versions of the same major version of TensorRT."""
+    hardware_compatibility: Literal["none", "same_compute_capability", "ampere_plus"] = "none"
+    """Run also on other GPUs than the one that is built on: of its compute capability, or of Ampere and later."""
+    compute_capabilities: Annotated[tuple[PositiveFloat, ...], Field(strict=False)] = ()
+    """What TensorRT for RTX builds for, `[8.9, 12.0]`. Default: one engine for all that it serves."""
 
 
 class Build(Node):

@@ -140,8 +140,12 @@ def longer_operations(inputs: Path) -> list[Operation]:
     return [chosen["tokenizer"], chosen["data shards"], chosen["artifact"], training]
 
 
+_UNEQUAL = (".engine", "/stage0.log")
+"""What TensorRT gives differently in each build."""
+
+
 def contents_of(folder: Path) -> Contents:
-    """SHA-256 by name, without what another run gives differently: measurements, and the bytes of engines."""
+    """SHA-256 by name, without what another run gives differently: measurements, engines and their logs."""
     if not folder.is_dir():
         return {}
     found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
@@ -149,10 +153,10 @@ def contents_of(folder: Path) -> Contents:
     for name, path in found.items():
         if path.name == MANIFEST:
             manifest = read_manifest(path.parent)
-            hashes = {file: entry.sha256 for file, entry in manifest.files.items() if not file.endswith(".engine")}
+            hashes = {file: entry.sha256 for file, entry in manifest.files.items() if not file.endswith(_UNEQUAL)}
             contents[name] = json.dumps([manifest.kind, manifest.spec_digest, hashes, manifest.details], sort_keys=True)
         else:
-            contents[name] = "an engine" if path.suffix == ".engine" else sha256_file(path)
+            contents[name] = "an engine" if name.endswith(_UNEQUAL) else sha256_file(path)
     return contents
 
 

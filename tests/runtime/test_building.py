@@ -13,6 +13,7 @@ from archwright.compiler.targets.onnx_graph import Export
 from archwright.compiler.weights.streaming import SafetensorsWeights
 from archwright.runtime import build, building, open_model, rank_weights, verify
 from archwright.runtime.artifact import Artifact, open_artifact
+from archwright.runtime.inspection import inspect_folder
 from archwright.runtime.rank_weights import RankWeights, Sample
 from archwright.spec import ArchwrightError, load
 from archwright.spec.manifest import read_manifest
@@ -115,14 +116,23 @@ def test_engines(tmp_path: Path, model_folder: Path) -> None:
         pytest.skip(str(error))
     out = tmp_path / "engines"
     seen: list[str] = []
-    build(model_folder, out, "engine", {"build.parallel.tensor": 2, "build.precision": "float16"}, seen.append)
+    options = {"build.precision": "float16", "build.engine.timing_cache": str(tmp_path / "timings.bin")}
+    build(model_folder, out, "engine", {"build.parallel.tensor": 2, **options}, seen.append)
     manifest = read_manifest(out)
     engines = [f"rank{rank}/stage0.engine" for rank in range(2)]
-    assert list(manifest.details["engines"]) == engines and set(engines) < set(manifest.files)
-    assert manifest.details["engines"][engines[0]]["layers"]["DIST_COLLECTIVE"] == 4
+    logs = {name.replace(".engine", ".log") for name in engines}
+    assert list(manifest.details["engines"]) == engines
+    assert {*engines, *logs, "probe.safetensors"} < set(manifest.files)
+    facts = manifest.details["engines"][engines[0]]
+    assert facts["layers"]["DIST_COLLECTIVE"] == 4 and len(facts["profiles"]) == 2
+    assert facts["structural_hash"] == manifest.details["engines"][engines[1]]["structural_hash"]
     assert "TensorRT" in manifest.details["toolchain"]["tensorrt"]
+    assert set(manifest.measured["engine_s"]) == set(engines)
+    assert "timing_cache" not in (out / "spec.yaml").read_text(), "an artifact names no path"
     assert any("engine 2 of 2" in message for message in seen)
+    assert "built 2 engines of 1 structure" in seen
     assert verify(out).ok
+    assert inspect_folder(out)["engines"][engines[1]]["structural_hash"] == facts["structural_hash"]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 
+from archwright.compiler.targets.gpus import Gpu
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_flavor, tensorrt_title
 from archwright.runtime import doctor as doctor_module
 from archwright.runtime.doctor import Finding, doctor
@@ -30,6 +31,9 @@ def set_versions(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str | None
 def write_library(folder: Path, name: str, code: str) -> None:
     (folder / name).mkdir()
     (folder / name / "__init__.py").write_text(code)
+
+
+H100 = Gpu(name="NVIDIA H100", capability="9.0")
 
 
 @pytest.fixture
@@ -159,6 +163,13 @@ def test_the_full_library_comes_first(library_folder: Path) -> None:
     assert tensorrt_title(module) == "TensorRT 11.0"
 
 
+def test_of_two_libraries_the_one_that_is_asked_for_is_taken(library_folder: Path) -> None:
+    for name in ("tensorrt", "tensorrt_rtx"):
+        write_library(library_folder, name, "__version__ = '11.0'")
+    assert load_tensorrt().__name__ == "tensorrt"
+    assert load_tensorrt("tensorrt_rtx").__name__ == "tensorrt_rtx"
+
+
 def test_rtx_serves_where_it_is_alone(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     write_library(library_folder, "tensorrt_rtx", "__version__ = '1.7.1'")
@@ -170,17 +181,17 @@ def test_rtx_serves_where_it_is_alone(library_folder: Path, monkeypatch: pytest.
 def test_rtx_does_not_serve_hopper(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     write_library(library_folder, "tensorrt_rtx", "__version__ = '1.7.1'")
-    monkeypatch.setattr(doctor_module, "_gpu_capabilities", lambda: {(9, 0)})
+    monkeypatch.setattr(doctor_module, "visible_gpus", lambda: (H100,))
     (finding,) = doctor_module.check_tensorrt()
     assert finding.status == "warning" and "SM 9.0" in finding.found and "archwright[gpu]" in finding.fix
 
 
 def test_the_full_library_needs_a_gpu(library_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_library(library_folder, "tensorrt", "__version__ = '11.0'")
-    monkeypatch.setattr(doctor_module, "_gpu_capabilities", lambda: set())
+    monkeypatch.setattr(doctor_module, "visible_gpus", lambda: ())
     (finding,) = doctor_module.check_tensorrt()
     assert finding.status == "warning" and "needs a GPU" in finding.found
-    monkeypatch.setattr(doctor_module, "_gpu_capabilities", lambda: {(9, 0)})
+    monkeypatch.setattr(doctor_module, "visible_gpus", lambda: (H100,))
     (finding,) = doctor_module.check_tensorrt()
     assert finding.status == "ok"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from archwright.spec import SpecError, checks, load, mesh_checks, moe_checks
+from archwright.spec import SpecError, checks, engine_checks, load, mesh_checks, moe_checks
 
 ATTENTION = "model.layer.attention"
 
@@ -144,6 +144,12 @@ CASES: dict[str, Case] = {
         },
         {"build.profiles[0].positions.max": 512},
     ),
+    "capabilities_are_served": Case(
+        "SPEC055", {"build.engine.compute_capabilities": [8.9, 9.0]}, {"build.engine.compute_capabilities[1]": 8.6}
+    ),
+    "capabilities_differ": Case(
+        "SPEC056", {"build.engine.compute_capabilities": [8.9, 12.0, 8.9]}, {"build.engine.compute_capabilities": [8.9]}
+    ),
     "rope_ramp": Case(
         "SPEC037",
         {f"{ATTENTION}.position.scaling": {**LLAMA3, "low_frequency_factor": 4}},
@@ -169,7 +175,7 @@ def test_rule(name: str, golden: Callable[[str, str], None]):
 
 
 def test_every_rule_has_a_case():
-    files = (checks, mesh_checks, moe_checks)
+    files = (checks, mesh_checks, moe_checks, engine_checks)
     written = {code for file in files for code in re.findall(r"SPEC\d{3}", Path(file.__file__).read_text())}
     assert written == {case.code for case in CASES.values()}
 

@@ -43,7 +43,13 @@ def test_every_rank_graph_parses_and_builds(trt, make_spec, export, tensor, prec
     summary = build_engine(model.graph, profiles(model.capacity), Engine(), model.planned, library=trt)
     assert summary.path.name == "stage0.engine"
     assert summary.path.stat().st_size == summary.num_bytes > 0
-    assert sorted(path.name for path in model.graph.parent.iterdir()) == ["stage0.data", "stage0.engine", "stage0.onnx"]
+    assert "info " in summary.path.with_suffix(".log").read_text()
+    assert sorted(path.name for path in model.graph.parent.iterdir()) == [
+        "stage0.data",
+        "stage0.engine",
+        "stage0.log",
+        "stage0.onnx",
+    ]
     assert summary.library.startswith("TensorRT for RTX")
     assert summary.layers["KV_CACHE_UPDATE"] == 4
     assert summary.layers["ATTENTION_INPUT"] == 2
