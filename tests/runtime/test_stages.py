@@ -14,6 +14,7 @@ from archwright.runtime.artifact import open_artifact
 from archwright.runtime.bisection import bisect
 from archwright.runtime.inspection import inspect_folder
 from archwright.runtime.rank_weights import RankWeights, differing_ranks
+from archwright.runtime.verification import content_checks
 from archwright.spec.cli import main
 
 PROMPTS = [[1, 2, 3, 4, 5], [9, 8, 7], [11] * 20]
@@ -75,6 +76,15 @@ def test_an_artifact_of_stages_is_verified_and_inspected(staged: Path, capsys: p
     assert "model.layers.0..3.mlp.down_proj.weight  [32, 32]" in capsys.readouterr().out
     facts = inspect_folder(staged)
     assert facts["ranks"] == 4 and facts["tensors"]["lm_head.weight"] == [400, 32]
+
+
+def test_a_large_artifact_of_stages_is_compared_in_small(staged: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spec made small is cut into the same stages."""
+    monkeypatch.setattr("archwright.runtime.verification.LARGE", 0)
+    checks = list(content_checks(open_artifact(staged)))
+    compared = [check for check in checks if check.error is not None]
+    assert all(check.result == "ok" for check in checks) and len(compared) == 3
+    assert all(check.detail.endswith("reduced spec") for check in compared)
 
 
 @pytest.mark.parametrize("name", ["staged", "shared_experts"])
