@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 from archwright.compiler.targets.network_check import planned_network
+from archwright.compiler.targets.structural_hash import by_structure
 from archwright.compiler.targets.tensorrt_config import default_profiles
 from archwright.compiler.targets.tensorrt_engine import EngineBuilder, EngineSummary
 from archwright.compiler.targets.tensorrt_loader import tensorrt_title
@@ -37,12 +38,12 @@ def build_engines(artifact: Artifact, builder: EngineBuilder, reporter: Reporter
         for stage in range(artifact.num_stages)
     ]
     engines: dict[str, EngineSummary] = {}
+    structures = len(by_structure(artifact.graphs, builder.facts()))
+    reporter.say(f"{_count(len(artifact.graphs), 'engine')} to build, of {_count(structures, 'structure')}")
     for rank, graph in enumerate(artifact.graphs):
         reporter.say(f"building engine {rank + 1} of {len(artifact.graphs)} with {title}")
         engine = builder.build(graph, planned[artifact.stage_of_rank(rank)])
         engines[engine.path.relative_to(artifact.path).as_posix()] = engine
-    structures = len({engine.structure for engine in engines.values()})
-    reporter.say(f"built {_count(len(engines), 'engine')} of {_count(structures, 'structure')}")
     reporter.say("computing the values that the engines will be compared with")
     weights = RankWeights(artifact)
     write_probe(

@@ -85,12 +85,13 @@ def built_for(trt: ModuleType, engine: Engine) -> BuiltFor:
 
 
 def flags_of(trt: ModuleType, engine: Engine) -> tuple[str, ...]:
-    """The builder flags that the spec asks for, by TensorRT's names."""
-    if not engine.version_compatible:
-        return ()
-    # TensorRT for RTX has no lean runtime that it could put into the engine.
-    lean = ("EXCLUDE_LEAN_RUNTIME",) if tensorrt_flavor(trt) == "tensorrt_rtx" else ()
-    return ("VERSION_COMPATIBLE", *lean)
+    """The builder flags of the spec, and those that a library needs, by TensorRT's names."""
+    compatible = ("VERSION_COMPATIBLE",) if engine.version_compatible else ()
+    if tensorrt_flavor(trt) == "tensorrt":
+        return compatible
+    # TensorRT for RTX has no lean runtime that it could put into the engine, and without memory from outside the steps
+    # of its engines cannot be captured as CUDA graphs.
+    return (*compatible, *(("EXCLUDE_LEAN_RUNTIME",) if compatible else ()), "REQUIRE_USER_ALLOCATION")
 
 
 class TimingCache:

@@ -42,6 +42,7 @@ class TensorRTBackend(Backend[EngineCache]):
         self.vocab_size, self.capacity, self._last_only = vocab_size, last.capacity, last.last_only
         self.max_batch = engines.artifact.max_batch
         self._longest = max(profile.positions.max for profile in self._profiles)
+        weakref.finalize(self, ranks.close)
         answers = ranks.open(open_messages(engines))
         self._numbers = itertools.count()
         self._unused: list[int] = []

@@ -21,7 +21,8 @@ class ProcessMailbox:
     """A rank in a process (`engines.worker`). Its stderr is this process's."""
 
     def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # In a session of its own, so that Ctrl-C reaches this process alone, which then ends the ranks.
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
         self._answers: queue.Queue[Message] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()

@@ -143,7 +143,7 @@ class Rank:
         if chosen.seen != key:  # the first step of a shape is not captured: TensorRT still prepares it
             chosen.seen, chosen.replay = key, None
             self._enqueue(chosen.context)
-        elif sizes["sequence"] == 1 and chosen.context.is_stream_capturable(self._device.stream):
+        elif sizes["sequence"] == 1 and self._capturable(chosen.context):
             if chosen.replay is None:
                 chosen.replay = self._device.capture(lambda: self._enqueue(chosen.context))
             chosen.replay()
@@ -152,6 +152,11 @@ class Rank:
         if self.place.after is not None:
             given = self.table.given
             self._peers.send(self._buffers[given.name], given.num_bytes(sizes), self.place.after)
+
+    def _capturable(self, context: Any) -> bool:
+        """Not every engine of TensorRT for RTX is, and it says so; a library without the question is not asked."""
+        asked = getattr(context, "is_stream_capturable", None)
+        return asked is None or asked(self._device.stream)
 
     def output(self, inputs: StepInputs) -> Array:
         """What the stage gave in its last step, in float32."""

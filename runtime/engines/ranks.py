@@ -115,6 +115,14 @@ class Ranks:
         if self._broken:
             help = "open the artifact again"
             raise ArchwrightError("RUN048", "the ranks were ended after an earlier failure", help=help)
+        try:
+            return self._exchange(messages, timeout_s)
+        except BaseException:  # also Ctrl-C: an answer that nobody took would be the next call's
+            self._broken = True
+            self.close()
+            raise
+
+    def _exchange(self, messages: Sequence[Message], timeout_s: float) -> list[Message]:
         for mailbox, message in zip(self.mailboxes, messages, strict=True):
             mailbox.post(message)
         answers: dict[int, Message] = {}
@@ -127,16 +135,10 @@ class Ranks:
                     waiting.discard(rank)
                     answers[rank] = answer
                     if answer.kind == "error":
-                        self._end()
                         raise_failure(answer, rank)
             if waiting and time.monotonic() > deadline:
-                self._end()
                 raise _silent(sorted(waiting), messages[0].kind, timeout_s)
         return [answers[rank] for rank in range(len(self.mailboxes))]
-
-    def _end(self) -> None:
-        self._broken = True
-        self.close()
 
 
 def _silent(ranks: Sequence[int], kind: str, timeout_s: float) -> ArchwrightError:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -140,8 +141,9 @@ def longer_operations(inputs: Path) -> list[Operation]:
     return [chosen["tokenizer"], chosen["data shards"], chosen["artifact"], training]
 
 
-_UNEQUAL = (".engine", "/stage0.log")
-"""What TensorRT gives differently in each build."""
+def _is_tensorrts(name: str) -> bool:
+    """Engines and their logs, which TensorRT gives differently in each build."""
+    return re.search(r"rank\d+/stage\d+\.(engine|log)$", name) is not None
 
 
 def contents_of(folder: Path) -> Contents:
@@ -153,10 +155,10 @@ def contents_of(folder: Path) -> Contents:
     for name, path in found.items():
         if path.name == MANIFEST:
             manifest = read_manifest(path.parent)
-            hashes = {file: entry.sha256 for file, entry in manifest.files.items() if not file.endswith(_UNEQUAL)}
+            hashes = {file: entry.sha256 for file, entry in manifest.files.items() if not _is_tensorrts(file)}
             contents[name] = json.dumps([manifest.kind, manifest.spec_digest, hashes, manifest.details], sort_keys=True)
         else:
-            contents[name] = "an engine" if name.endswith(_UNEQUAL) else sha256_file(path)
+            contents[name] = "an engine" if _is_tensorrts(name) else sha256_file(path)
     return contents
 
 

@@ -130,7 +130,7 @@ def test_engines(tmp_path: Path, model_folder: Path) -> None:
     assert set(manifest.measured["engine_s"]) == set(engines)
     assert "timing_cache" not in (out / "spec.yaml").read_text(), "an artifact names no path"
     assert any("engine 2 of 2" in message for message in seen)
-    assert "built 2 engines of 1 structure" in seen
+    assert "2 engines to build, of 1 structure" in seen
     assert verify(out).ok
     assert inspect_folder(out)["engines"][engines[1]]["structural_hash"] == facts["structural_hash"]
 

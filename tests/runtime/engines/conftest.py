@@ -98,13 +98,8 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     ) -> Rig:
         spec = spec_of(layers, precision)
         plan, weights = plan_and_weights(spec, stages, tensor)
-        profiles = default_profiles(spec.build, CAPACITY)
-        facts = {
-            "library": "tensorrt",
-            "version": "11.2",
-            "flags": [],
-            "profiles": [profile.model_dump(mode="json") for profile in profiles],
-        }
+        profiles = [profile.model_dump(mode="json") for profile in default_profiles(spec.build, CAPACITY)]
+        facts = {"library": "tensorrt", "version": "11.2", "flags": [], "profiles": profiles}
         world, files = World(per_stage=tensor), []
         for rank in range(stages * tensor):
             stage = rank // tensor

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from archwright.compiler.targets.gpus import Gpu
 from archwright.runtime import open_model, verify
 from archwright.runtime.artifact import Artifact, open_artifact
 from archwright.runtime.backends import tensorrt_backend
+from archwright.runtime.engines.cuda import CudaDevice
 from archwright.runtime.engines.opening import Engines, check_machine, find_engines, read_engine
 from archwright.runtime.inspection import inspect_folder
 from archwright.spec import ArchwrightError, load
@@ -102,6 +103,15 @@ def test_a_changed_byte_is_never_deserialized(engines_of: Callable[..., Path]) -
     file.path.write_bytes(b"engine X")  # of the same size, which opening an artifact does not see
     error = error_of(lambda: read_engine(file.path, file.sha256, "build it"))
     assert (error.code, error.where, error.help) == ("RUN044", "rank0/stage0.engine", "build it")
+
+
+def test_what_tensorrt_refuses_is_told_in_its_words() -> None:
+    """TensorRT for RTX without a GPU loads no engine; with one, not this one."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed")
+    device = SimpleNamespace()
+    error = error_of(lambda: CudaDevice.deserialize(device, b"no engine", library="tensorrt_rtx", host_code=False))
+    assert error.code == "RUN045" and "refuses the engine: " in error.message
+    assert "gave no reason" not in error.message
 
 
 def _remove(folder: Path) -> None:
