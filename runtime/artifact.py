@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from archwright.compiler.ir import Plan
-from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.ir import Plan, Program
+from archwright.compiler.passes import build_plan, build_program
 from archwright.compiler.targets.onnx_graph import graph_path
 from archwright.compiler.weights.folder import TOKENIZER_FILES
 from archwright.spec import ArchwrightError, Spec, load
@@ -48,7 +48,12 @@ class Artifact:
 
     @cached_property
     def plan(self) -> Plan:
-        return run_passes(self.spec, degrees_of(self.spec.build.parallel))
+        return build_plan(self.spec)
+
+    @cached_property
+    def program(self) -> Program:
+        """What the graphs compute, of global sizes."""
+        return build_program(self.spec)
 
     @property
     def graphs(self) -> list[Path]:

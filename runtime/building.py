@@ -6,7 +6,7 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from archwright.compiler.targets.onnx_graph import Export, export_graphs
 from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
 from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, is_artifact, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
@@ -69,6 +70,7 @@ def build(
     opened = _open_source(source, overrides or {})
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
+    opened = replace(opened, weights=built_weights(opened.spec, opened.weights))
     with atomic_folder(out) as folder:
         start = time.perf_counter()
         artifact = Artifact(folder, _artifact_spec(opened.spec))
@@ -146,7 +148,9 @@ def _artifact_spec(spec: Spec) -> Spec:
     """The part of a spec that an artifact is made of: no paths, nothing of the training."""
     parts = {"extends": None, "tokenizer": None, "data": None, "train": None, "parallel": Parallel()}
     capacity = spec.build.max_positions or spec.model.max_positions
-    return spec.model_copy(update=parts | {"build": spec.build.model_copy(update={"max_positions": capacity})})
+    quantize = spec.build.quantize and spec.build.quantize.model_copy(update={"calibration": None, "limit": None})
+    build = spec.build.model_copy(update={"max_positions": capacity, "quantize": quantize})
+    return spec.model_copy(update=parts | {"build": build})
 
 
 def _write(artifact: Artifact, opened: _Source, progress: Progress) -> Export:

@@ -21,6 +21,7 @@ from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.linter import lint
 from archwright.compiler.targets.merge import load_ranks, merge_ranks
 from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_graphs
@@ -219,7 +220,7 @@ def _numbers(artifact: Artifact) -> Iterator[Comparison]:
     with computable(artifact) as small:
         ranks = len(small.graphs)
         backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
-        yield from compare(backend, lower(small.spec), RankWeights(small))
+        yield from compare(backend, small.program, RankWeights(small))
 
 
 @contextmanager
@@ -230,7 +231,7 @@ def computable(artifact: Artifact) -> Iterator[Artifact]:
         return
     with tempfile.TemporaryDirectory(prefix="archwright-reduced-") as name:
         small = Artifact(Path(name), reduced(artifact.spec))
-        weights = GeneratedWeights(params=small.plan.program.params(), seed=0)
+        weights = built_weights(small.spec, GeneratedWeights(params=lower(small.spec).params(), seed=0))
         export_graphs(small.plan, weights, small.path, precision=small.precision, capacity=small.capacity)
         yield small
 

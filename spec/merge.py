@@ -26,6 +26,7 @@ PATH_FIELDS = (
     ("data", "path"),
     ("data", "sources", "*", "path"),
     ("train", "base"),
+    ("build", "quantize", "calibration", "path"),
 )
 
 

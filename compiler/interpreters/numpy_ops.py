@@ -41,6 +41,12 @@ class NumpyOps:
     ) -> Array:
         return x @ weight.T if bias is None else x @ weight.T + bias
 
+    def dequantize(self, weight: Array, scale: Array) -> Array:
+        return weight * np.repeat(scale, weight.shape[-1] // scale.shape[-1], axis=-1)
+
+    def round_to_float8(self, x: Array, scale_11: Array) -> Array:
+        return float8(x / scale_11[0, 0]) * scale_11[0, 0]
+
     def embed(self, ids_BS: Array, weight_VD: Array, *, reduce: Boundary | None) -> Array:
         return weight_VD[ids_BS]
 
@@ -148,6 +154,13 @@ class NumpyOps:
         valid_BS = targets_BS != -100
         picked_BS = np.take_along_axis(logits_BSV, np.where(valid_BS, targets_BS, 0)[..., None], axis=-1)[..., 0]
         return np.sum((log_sum_BS - picked_BS) * valid_BS), int(valid_BS.sum())
+
+
+def float8(x: Array) -> Array:
+    """The nearest values of E4M3, ties to even, at most ±448: 3 bits behind the first, exponents from -6 to 8."""
+    exponent = np.maximum(np.frexp(x)[1] - 1, -6)
+    step = np.ldexp(1.0, exponent - 3)
+    return np.clip(np.rint(x / step) * step, -448, 448)
 
 
 def _scores(logits_BSE: Array, routing: Routing) -> Array:

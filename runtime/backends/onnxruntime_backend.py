@@ -117,6 +117,8 @@ def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | No
     """
     ort = load_onnxruntime()
     options = ort.SessionOptions()
+    # By default a product with few-bit weights rounds its other factor to 8 bits, without a word in the graph.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
     if ranks == 1 and precision == "float32":
         source: Any = str(folder / "rank0" / "stage0.onnx")
