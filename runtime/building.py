@@ -18,14 +18,14 @@ from archwright.compiler.targets.onnx_graph import Export, export_graphs
 from archwright.compiler.targets.tensorrt_engine import EngineSummary, build_engine, default_profiles
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_title
 from archwright.compiler.weights.folder import open_folder
-from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, is_artifact, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
+from archwright.runtime.quantization.preparation import prepare, quantization_measured
 from archwright.runtime.text.tokenizer import open_tokenizer
 from archwright.runtime.verification import Report, content_checks, describe, measurements
 from archwright.spec import ArchwrightError, Spec, dump, load, spec_digest
-from archwright.spec.files import atomic_folder
+from archwright.spec.files import atomic_folder, refuse_existing
 from archwright.spec.manifest import write_manifest
 from archwright.spec.models import ModelWeights, Parallel
 
@@ -58,8 +58,8 @@ def build(
     to: onnx, or engine for TensorRT engines beside the graphs. overrides: of the spec's `build` section.
     plan: a file of `archwright plan -o`, refused (PLAN005) where it was made for something else.
     Graphs and weights of equal inputs are byte-equal.
-    Raises ArchwrightError BUILD001 to BUILD006 where it cannot be built, VERIFY010 where a check fails; then, and
-    where it is interrupted, there is no `out`.
+    Raises ArchwrightError BUILD001 to BUILD006 and BUILD060 to BUILD063 where it cannot be built, VERIFY010 where a
+    check fails; then, and where it is interrupted, there is no `out`. An interrupted calibration goes on another time.
     """
     out = Path(out)
     if to not in ("onnx", "engine"):
@@ -70,20 +70,24 @@ def build(
     opened = _open_source(source, overrides or {})
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
-    opened = replace(opened, weights=built_weights(opened.spec, opened.weights))
+    refuse_existing(out)  # before minutes of calibration
+    start = time.perf_counter()
+    prepared = prepare(opened.spec, opened.weights, opened.tokenizer, out, progress)
+    opened = replace(opened, weights=prepared.weights)
     with atomic_folder(out) as folder:
-        start = time.perf_counter()
+        prepared_s, start = time.perf_counter() - start, time.perf_counter()
         artifact = Artifact(folder, _artifact_spec(opened.spec))
         export = _write(artifact, opened, progress)
         exported_s = time.perf_counter() - start
-        report = Report(path=out, checks=tuple(content_checks(artifact, source=opened.weights, progress=progress)))
+        checks = tuple(content_checks(artifact, source=opened.weights, progress=progress))
+        report = Report(path=out, checks=checks, quality=prepared.quality)
         if not report.ok:
             raise _failed(source, report)
         measured: dict[str, Any] = {
             "errors": dict(measurements(report.checks)),
             "export_s": exported_s,
             "verify_s": time.perf_counter() - start - exported_s,
-        }
+        } | quantization_measured(prepared, prepared_s)
         details = describe(artifact.spec) | {"toolchain": _versions()}
         if tensorrt is not None:
             engines = _build_engines(artifact, tensorrt, progress)

@@ -26,6 +26,7 @@ from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_graphs
 from archwright.runtime.numerics import Comparison, compare
+from archwright.runtime.quantization.quality import Quality
 from archwright.runtime.rank_weights import RankWeights, Sample, differing_ranks, differing_source, not_finite
 from archwright.spec import ArchwrightError, Spec, load, spec_digest
 from archwright.spec.manifest import MANIFEST, Manifest, check_manifest
@@ -54,10 +55,11 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found."""
+    """What `verify` found. quality: of a build that was quantized and measured."""
 
     path: Path
     checks: tuple[Check, ...]
+    quality: Quality | None = None
 
     @property
     def ok(self) -> bool:
@@ -75,10 +77,15 @@ class Report:
             error, tolerance = ("" if x is None else f"{x:.1e}" for x in (check.error, check.tolerance))
             line = f"{check.name:<{width}}  {check.result:<8}  {error:>8}  {tolerance:>8}  {check.detail}"
             lines += [line.rstrip(), *(f"{'':<{width}}  {check.code} {problem}" for problem in check.problems)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([] if self.quality is None else ["", self.quality.as_text()])])
 
     def as_json(self) -> dict[str, Any]:
-        return {"path": str(self.path), "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+        content: dict[str, Any] = {
+            "path": str(self.path),
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+        }
+        return content if self.quality is None else content | {"quality": self.quality.as_json()}
 
 
 def verify(path: str | Path, progress: Progress = lambda message: None) -> Report:

@@ -65,16 +65,18 @@ def run_passes(
     degrees: Degrees,
     table: Mapping[Axis, str] = INFERENCE_TABLE,
     *,
-    passes: Sequence[Pass] = PASSES,
+    passes: Sequence[Pass] | None = None,
     dump_after: str | None = None,
     write: Callable[[str], None] = print,
 ) -> Plan:
-    """spec → Plan. table: which logical axes are cut, TRAINING_TABLE or INFERENCE_TABLE. passes: see `build_passes`.
+    """spec → Plan. table: which logical axes are cut, TRAINING_TABLE or INFERENCE_TABLE. passes: PASSES
+    unless given, see `build_passes`.
 
     After the pass `dump_after` its Program is given to `write` as text.
     Raises ArchwrightError IR001 to IR010 and IR012 where a pass cannot do its work or leaves a Program that breaks a
     rule, and IR011 where `dump_after` is no pass.
     """
+    passes = PASSES if passes is None else passes
     names = [item.name for item in passes]
     if dump_after is not None and dump_after not in names:
         raise ArchwrightError("IR011", f"there is no pass `{dump_after}`", help=f"the passes are {', '.join(names)}")

@@ -58,7 +58,7 @@ class Calibration(Node):
     """Sequences from the beginning, for activation statistics."""
     evaluation: PositiveInt = 16
     """Sequences from the end, for the quality table."""
-    sequence_length: PositiveInt = 512
+    sequence_length: Annotated[int, Field(ge=2)] = 512
 
 
 class QualityLimit(Node):
