@@ -17,6 +17,7 @@ from typing import Any, Literal
 import onnx
 
 from archwright.compiler.passes import lower
+from archwright.compiler.passes.quantize import rounds_inputs
 from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.linter import lint
 from archwright.compiler.targets.merge import load_ranks, merge_ranks
@@ -24,6 +25,7 @@ from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, read_artifact_manifest, seal
+from archwright.runtime.backends.exposing import ExposingBackend
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_graphs
 from archwright.runtime.numerics import Comparison, compare
 from archwright.runtime.quantization.quality import Quality
@@ -226,7 +228,10 @@ def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
 def _numbers(artifact: Artifact) -> Iterator[Comparison]:
     with computable(artifact) as small:
         ranks = len(small.graphs)
-        backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
+        if rounds_inputs(small.program):
+            backend = ExposingBackend(small.path, ranks=ranks, max_batch=small.max_batch)
+        else:
+            backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
         yield from compare(backend, small.program, RankWeights(small))
 
 

@@ -5,7 +5,7 @@ P cache capacity, E experts, X experts of a token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -170,6 +170,31 @@ def _scores(logits_BSE: Array, routing: Routing) -> Array:
     return score_BSE / score_BSE.sum(axis=-1, keepdims=True)
 
 
+class FollowingNumpyOps(NumpyOps):
+    """The oracle of a target that rounds its inputs to 8-bit floats, where a last bit decides between two neighbours.
+
+    followed: what the target rounded to, [B, S, D] for each rounding in program order, NaN where it did not. It is
+    taken where it is as near as the nearest, up to `margin` times the largest input; elsewhere the oracle has its own.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Array],
+        cache: dict[tuple[str, str], Array] | None,
+        followed: Iterable[Array],
+        margin: float,
+    ) -> None:
+        super().__init__(weights, cache)
+        self._followed = iter(followed)
+        self._margin = margin
+
+    def round_to_float8(self, x: Array, scale_11: Array) -> Array:
+        own, theirs = super().round_to_float8(x, scale_11), next(self._followed)
+        with np.errstate(invalid="ignore"):
+            legal = np.abs(theirs - x) <= np.abs(own - x) + self._margin * np.abs(x).max()
+        return np.where(legal, theirs, own)
+
+
 def run_numpy(
     program: Program,
     weights: Mapping[str, Array],
@@ -177,14 +202,16 @@ def run_numpy(
     *,
     step: Step[Array] | None = None,
     cache: dict[tuple[str, str], Array] | None = None,
+    ops: NumpyOps | None = None,
 ) -> Any:
     """Logits [B, S, V] in float64, or (loss_sum, num_tokens) where the step carries targets.
 
-    step: positions 0..S-1 by default. cache: see `make_cache`; needed where the step has a write_index.
+    step: positions 0..S-1 by default. cache: see `make_cache`; needed where the step has a write_index. ops:
+    in place of NumpyOps over weights and cache.
     """
     if step is None:
         step = Step(positions_BS=np.broadcast_to(np.arange(ids_BS.shape[1]), ids_BS.shape))
-    return program.run(instance_of(program, NumpyOps(weights, cache)), ids_BS, step)
+    return program.run(instance_of(program, ops or NumpyOps(weights, cache)), ids_BS, step)
 
 
 def make_cache(

@@ -33,6 +33,11 @@ def quantize(program: Program, chosen: Quantize | None) -> Program:
     return replace(program, segments=segments)
 
 
+def rounds_inputs(program: Program) -> bool:
+    """Whether matrices of a Program round their inputs to 8-bit floats."""
+    return any(name.rpartition(".")[2] == INPUT_SCALE for name in program.params())
+
+
 def _visit(block: Block, path: str, rule: Callable[[str], QuantizeRule | None]) -> Block:
     subs = {name: _visit(sub, block.child_path(name, path), rule) for name, sub in block.children().items()}
     block = replace(block, **subs)

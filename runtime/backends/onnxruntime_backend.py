@@ -1,5 +1,6 @@
 """Artifacts through ONNX Runtime on the CPU. B batch, S sequence, L visible cache positions, V vocabulary."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +75,12 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
         return OrtCache(binding, values)
 
     def forward(self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int) -> Logits:
+        return self.forward_with(cache, ids_BS, positions_BS, write_index_B, visible, ())[0]
+
+    def forward_with(
+        self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, more: Sequence[str]
+    ) -> list[Any]:
+        """The logits, then the outputs that are called `more`."""
         binding = cache.binding
         feeds = {
             "input_ids": ids_BS,
@@ -85,11 +92,12 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             binding.bind_cpu_input(name, np.ascontiguousarray(array, np.int64))
         # The logits' shape changes; outputs of an earlier call would be written again.
         binding.clear_binding_outputs()
-        binding.bind_output("logits")
+        for name in ("logits", *more):
+            binding.bind_output(name)
         for name, value in cache.values.items():
             binding.bind_ortvalue_output(name.replace("past.", "present."), value)
         self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[0].numpy()
+        return [value.numpy() for value in binding.get_outputs()[: 1 + len(more)]]
 
 
 def bucketed(visible: int, capacity: int) -> int:
@@ -116,9 +124,6 @@ def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | No
     graph.
     """
     ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    # By default a product with few-bit weights rounds its other factor to 8 bits, without a word in the graph.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
     if ranks == 1 and precision == "float32":
         source: Any = str(folder / "rank0" / "stage0.onnx")
@@ -126,10 +131,28 @@ def open_graphs(folder: Path, *, ranks: int, precision: str, max_batch: int | No
     else:
         title += " joined" if ranks > 1 else ""
         title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
-        # Made in memory, so it has no place of its own: its weights are looked for from the artifact's folder.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
         source = as_float32(merge_ranks(folder)).SerializeToString()
-    return OnnxRuntimeBackend(open_session(source, options, folder), max_batch=max_batch, description=title)
+    session = (
+        open_session(source, session_options(), folder) if isinstance(source, str) else open_joined(source, folder)
+    )
+    return OnnxRuntimeBackend(session, max_batch=max_batch, description=title)
+
+
+def session_options() -> Any:
+    options = load_onnxruntime().SessionOptions()
+    # By default a product with few-bit weights rounds its other factor to 8 bits, without a word in the graph.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
+def open_joined(source: bytes, folder: Path) -> Any:
+    """A session over a graph made in memory, which has no place of its own: its weights are looked for from `folder`.
+
+    Raises ArchwrightError RUN016.
+    """
+    options = session_options()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    return open_session(source, options, folder)
 
 
 def open_session(source: str | bytes, options: Any, folder: Path) -> Any:
