@@ -127,6 +127,15 @@ class RankWeights:
         view = np.memmap(place.file, place.stored.dtype, "r", offset=place.offset, shape=place.natural)
         return np.asarray(view).transpose(np.argsort(place.order))
 
+    def stored_bytes(self) -> dict[str, int]:
+        """Type as ONNX calls it → bytes of rank 0's parameters, the largest first."""
+        sizes: dict[str, int] = {}
+        for place in self._places[0].values():
+            dtype = place.stored.external.value.dtype
+            assert dtype is not None
+            sizes[dtype.name.lower()] = sizes.get(dtype.name.lower(), 0) + place.stored.num_bytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
     @staticmethod
     def slices(param: Param, rank: int) -> tuple[slice, ...]:
         """Where a rank's part lies in the whole tensor."""

@@ -19,14 +19,14 @@ from archwright.compiler.interpreters.numpy_ops import NumpyOps, make_cache
 from archwright.compiler.interpreters.recording import Recording, plain
 from archwright.compiler.ir import Degrees, Program, Split, Step
 from archwright.compiler.ir.program import instance_of
-from archwright.compiler.passes import run_passes
+from archwright.compiler.passes import build_passes, run_passes
 from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.onnx_graph import emit_graph
 from archwright.compiler.targets.retype import as_float32
 from archwright.compiler.weights.streaming import Weights
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import AnyBackend
-from archwright.runtime.backends.onnxruntime_backend import bucketed, load_onnxruntime, open_graphs, open_session
+from archwright.runtime.backends.onnxruntime_backend import bucketed, open_graphs, open_session, session_options
 from archwright.spec import Spec
 
 Array = NDArray[Any]
@@ -53,7 +53,7 @@ class Call:
 
 def operation_names(spec: Spec, *, degree: int) -> tuple[str, ...]:
     """The name of every operation of a spec's Program, in order: those of the nodes that the exporter would write."""
-    plan = run_passes(spec, Degrees(tensor=degree))
+    plan = run_passes(spec, Degrees(tensor=degree), passes=build_passes(spec))
     graph = emit_graph(plan.local, precision=spec.build.precision, capacity=1, degrees={"tensor": degree})
     return (*graph.operations, LOGITS)
 
@@ -159,7 +159,7 @@ class OnnxRun(Recorder):
         made = {name for node in model.graph.node for name in node.output}
         self._values = [_on_ranks(name, made, self._ranks) for name in names if name != LOGITS]
         self._shapes = _cut(model.graph, {name for each in self._values for name in each if name is not None})
-        options = load_onnxruntime().SessionOptions()
+        options = session_options()
         options.log_severity_level = 3  # a run without bound outputs copies the caches, and says so each time
         folder = str(artifact.path.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

@@ -33,6 +33,13 @@ def quantize(program: Program, chosen: Quantize | None) -> Program:
     return replace(program, segments=segments)
 
 
+def num_weights(program: Program) -> int:
+    """Parameters without the scales that quantization added: as many as the model has."""
+    params = program.params()
+    scales = {f"{name}{SCALE}" for name, param in params.items() if param.storage is not None}
+    return sum(p.size for name, p in params.items() if name not in scales and name.rpartition(".")[2] != INPUT_SCALE)
+
+
 def rounds_inputs(program: Program) -> bool:
     """Whether matrices of a Program round their inputs to 8-bit floats."""
     return any(name.rpartition(".")[2] == INPUT_SCALE for name in program.params())

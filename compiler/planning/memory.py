@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from math import prod
 
-from archwright.compiler.ir import Plan, Program
+from archwright.compiler.ir import STORED_BITS, Param, Plan, Program
 from archwright.compiler.planning.constants import Constants
 from archwright.compiler.planning.kept import Kept, kept
 from archwright.compiler.planning.layout import Layout, ParamSize
@@ -308,14 +308,19 @@ def _loss_bytes(layout: Layout, tokens: int, compute: int) -> int:
 
 
 def inference_memory(plan: Plan, build: Build, constants: Constants | None = None) -> InferenceMemory:
-    """Local weights in the precision of the build, and a cache of max_batch rows of max_positions tokens."""
+    """Local weights as they are stored, and a cache of max_batch rows of max_positions tokens."""
     rows = build.max_batch * cache_positions(plan.program, build)
     return InferenceMemory(
-        weights_bytes=plan.local.num_params() * BYTES[build.precision],
+        weights_bytes=sum(_stored_bytes(param, build.precision) for param in plan.local.params().values()),
         kv_cache_bytes=rows * kv_bytes_per_token(plan.local, build.precision),
         context_bytes=round(constants["context_bytes"]) if constants else 0,
         nccl_bytes=round(constants["nccl_bytes"]) if constants and plan.degrees.world > 1 else 0,
     )
+
+
+def _stored_bytes(param: Param, precision: str) -> int:
+    """Of a quantized matrix in its own type."""
+    return param.size * BYTES[precision] if param.storage is None else -(-param.size * STORED_BITS[param.storage] // 8)
 
 
 def cache_positions(program: Program, build: Build) -> int:
