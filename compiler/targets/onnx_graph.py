@@ -15,7 +15,6 @@ import onnx
 import onnx_ir as ir
 
 from archwright.compiler.interpreters.onnx_ops import (
-    DOMAIN,
     DTYPES,
     OPSET,
     External,
@@ -135,7 +134,7 @@ def emit_graph(program: Program, *, precision: str, capacity: int, degrees: Mapp
         outputs,
         nodes=ops.nodes,
         initializers=[*ops.constants.values(), *(p.external.value for p in layout)],
-        opset_imports={"": OPSET} | ({DOMAIN: 1} if any(degree > 1 for degree in degrees.values()) else {}),
+        opset_imports={"": OPSET} | {node.domain: 1 for node in ops.nodes if node.domain},
         name="stage0",
     )
     model = ir.Model(graph, ir_version=IR_VERSION, producer_name="archwright")
