@@ -229,7 +229,7 @@ def _numbers(artifact: Artifact) -> Iterator[Comparison]:
     with computable(artifact) as small:
         ranks = len(small.graphs)
         if rounds_inputs(small.program):
-            backend = ExposingBackend(small.path, ranks=ranks, max_batch=small.max_batch)
+            backend = ExposingBackend(small.path, small.program, ranks=ranks, max_batch=small.max_batch)
         else:
             backend = open_graphs(small.path, ranks=ranks, precision=small.precision, max_batch=small.max_batch)
         yield from compare(backend, small.program, RankWeights(small))

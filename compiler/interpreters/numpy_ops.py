@@ -174,7 +174,8 @@ class FollowingNumpyOps(NumpyOps):
     """The oracle of a target that rounds its inputs to 8-bit floats, where a last bit decides between two neighbours.
 
     followed: what the target rounded to, [B, S, D] for each rounding in program order, NaN where it did not. It is
-    taken where it is as near as the nearest, up to `margin` times the largest input; elsewhere the oracle has its own.
+    taken where it is an 8-bit float times the scale, and as near as the nearest up to `margin` times the largest input;
+    elsewhere the oracle has its own.
     """
 
     def __init__(
@@ -190,9 +191,11 @@ class FollowingNumpyOps(NumpyOps):
 
     def round_to_float8(self, x: Array, scale_11: Array) -> Array:
         own, theirs = super().round_to_float8(x, scale_11), next(self._followed)
-        with np.errstate(invalid="ignore"):
-            legal = np.abs(theirs - x) <= np.abs(own - x) + self._margin * np.abs(x).max()
-        return np.where(legal, theirs, own)
+        theirs = np.where(np.isnan(theirs), own, theirs)
+        exact = super().round_to_float8(theirs, scale_11)
+        rounded = np.abs(theirs - exact) <= 1e-6 * np.abs(exact)  # a product in the target's precision
+        legal = np.abs(exact - x) <= np.abs(own - x) + self._margin * np.abs(x).max()
+        return np.where(rounded & legal, exact, own)
 
 
 def run_numpy(

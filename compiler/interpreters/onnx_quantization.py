@@ -158,9 +158,12 @@ class OnnxQuantization(ABC):
         return self.emit("DequantizeLinear", [rounded, scale], name="round_to_float8", dtype=self.dtype)
 
     def fused_product(self, x: "Tensor", matrix: Dequantized) -> "Tensor | None":
-        """x · weightᵀ as one MatMulNBits, None where the matrix or the dialect has another form."""
+        """x · weightᵀ as one MatMulNBits, None where the matrix or the dialect has another form.
+
+        A tied head's matrix is stored as the embedding reads it, which this operator does not know.
+        """
         group = matrix.group_size
-        if not self.matmul_nbits or group is None:
+        if not self.matmul_nbits or group is None or matrix.param.share is not None:
             return None
         rows, columns = matrix.param.shape
         groups = columns // group

@@ -12,6 +12,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from archwright.compiler.ir import Program
 from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.retype import as_float32
 from archwright.runtime.backends.base import Ids, Logits
@@ -42,15 +43,20 @@ class RoundedValues:
 
 
 class ExposingBackend(OnnxRuntimeBackend):
-    """The rank graphs joined, in float32; `rounded` has what the calls since `begin` rounded."""
+    """The rank graphs joined, in float32; `rounded` has what the calls since `begin` rounded.
 
-    def __init__(self, folder: Path, *, ranks: int, max_batch: int | None) -> None:
+    program: what they compute, of global sizes.
+    """
+
+    def __init__(self, folder: Path, program: Program, *, ranks: int, max_batch: int | None) -> None:
         model = as_float32(merge_ranks(folder))
         names = [node.output[0] for node in model.graph.node if node.output[0].endswith(ROUNDED)]
         model.graph.output.extend(onnx.helper.make_tensor_value_info(n, TensorProto.FLOAT, None) for n in names)
         session = open_joined(model.SerializeToString(), folder)
         super().__init__(session, max_batch=max_batch, description="ONNX Runtime, CPU, float32, rounded inputs read")
         self._names = [name.removeprefix("rank0/") for name in names if name.startswith("rank0/")]
+        blocks = dict(program.blocks())
+        self._widths = [blocks[name.removesuffix(ROUNDED)].params()["weight"].shape[-1] for name in self._names]
         self._ranks = ranks
         self.begin()
 
@@ -62,10 +68,10 @@ class ExposingBackend(OnnxRuntimeBackend):
         every = [f"rank{rank}/{name}" for name in self._names for rank in range(self._ranks)]
         logits, *arrays = self.forward_with(cache, ids_BS, positions_BS, write_index_B, visible, every)
         parts = [arrays[i : i + self._ranks] for i in range(0, len(arrays), self._ranks)]
-        self.rounded.calls.append((np.array(positions_BS), [_whole(each) for each in parts]))
+        self.rounded.calls.append((np.array(positions_BS), list(map(_whole, parts, self._widths))))
         return logits
 
 
-def _whole(parts: list[Array]) -> Array:
+def _whole(parts: list[Array], width: int) -> Array:
     """What all ranks have, or of channels that are cut over them the parts side by side."""
-    return parts[0] if all(np.array_equal(part, parts[0]) for part in parts) else np.concatenate(parts, axis=-1)
+    return parts[0] if parts[0].shape[-1] == width else np.concatenate(parts, axis=-1)
