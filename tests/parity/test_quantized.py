@@ -132,7 +132,7 @@ def test_every_target_runs_the_same_quantized_model(seed: int, tmp_path: Path, r
 def test_matmul_nbits_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime's own operator, as a dialect selects it."""
     monkeypatch.setattr(OnnxOps, "matmul_nbits", True)
-    for seed in (1, 8):
+    for seed in (1, 7):
         subject = Subject(seed, tmp_path / f"subject{seed}")
         for degree in (1, 2):
             assert onnx_error(subject, degree) < TOLERANCES["onnxruntime", "float32"]
