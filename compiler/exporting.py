@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.passes import build_plan, lower
 from archwright.compiler.targets import onnx_graph
 from archwright.compiler.targets.stages import graph_options
 from archwright.compiler.weights.folder import open_folder
+from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.spec import ArchwrightError, Spec, spec_digest
 
@@ -25,16 +26,16 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
     else:
         opened = open_folder(Path(source))
         spec, weights = opened.spec, opened.weights
-    plan = run_passes(spec, degrees_of(spec.build.parallel))
+    plan = build_plan(spec)
     chosen, precision = spec.build.weights, spec.build.precision
     if chosen.kind == "generated":
-        weights = GeneratedWeights(params=plan.program.params(), seed=chosen.seed, precision=precision)
+        weights = GeneratedWeights(params=lower(spec).params(), seed=chosen.seed, precision=precision)
     elif weights is None and write_weights:
         help = "give a model folder or a run, or set build.weights to {kind: generated}"
         raise ArchwrightError("BUILD006", "a spec has no weights", help=help)
     export = onnx_graph.export_graphs(
         plan,
-        weights if write_weights else None,
+        built_weights(spec, weights) if weights is not None and write_weights else None,
         Path(folder),
         precision=precision,
         capacity=spec.build.max_positions or spec.model.max_positions,

@@ -50,7 +50,9 @@ def initialize(module: TorchProgram, seed: int) -> None:
 
 
 def as_torch(array: np.ndarray) -> torch.Tensor:
-    """A torch view of an array; bfloat16 arrays (ml_dtypes) are reinterpreted, since NumPy has no such type."""
+    """A torch view of an array; arrays of ml_dtypes' bfloat16 and float8 are reinterpreted: NumPy has no such types."""
+    if array.dtype.name == "float8_e4m3fn":
+        return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.uint16).copy()).view(torch.bfloat16)
     # A memory map is read-only, and torch has no such tensors: that one is copied.

@@ -19,8 +19,8 @@ from typing import Any
 import onnx
 
 from archwright.compiler.interpreters.onnx_dialects import Dialect, dialect_of
-from archwright.compiler.ir import Plan
-from archwright.compiler.passes import degrees_of, run_passes
+from archwright.compiler.ir import Plan, Program
+from archwright.compiler.passes import build_plan, build_program
 from archwright.compiler.targets.onnx_graph import graph_path
 from archwright.compiler.targets.stages import GraphOptions, gathered_values, graph_options
 from archwright.compiler.weights.folder import TOKENIZER_FILES
@@ -60,7 +60,12 @@ class Artifact:
 
     @cached_property
     def plan(self) -> Plan:
-        return run_passes(self.spec, degrees_of(self.spec.build.parallel))
+        return build_plan(self.spec)
+
+    @cached_property
+    def program(self) -> Program:
+        """What the graphs compute, of global sizes."""
+        return build_program(self.spec)
 
     @property
     def options(self) -> GraphOptions:

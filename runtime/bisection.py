@@ -150,7 +150,8 @@ def bisect(path: str | Path, progress: Progress = lambda message: None) -> Bisec
     if is_artifact(path):
         return _bisect_artifact(path, progress)
     opened = open_folder(path)
-    spec, weights = opened.spec, opened.weights
+    plainly = opened.spec.build.model_copy(update={"quantize": None})  # a model folder runs as it was trained
+    spec, weights = opened.spec.model_copy(update={"build": plainly}), opened.weights
     if numeric_scope(spec) == "reduced":
         spec = reduced(spec)
         weights = GeneratedWeights(params=lower(spec).params(), seed=0)

@@ -6,7 +6,7 @@ import importlib.metadata
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +20,11 @@ from archwright.runtime.artifact import SEAL, Artifact, is_artifact, seal
 from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
 from archwright.runtime.build_progress import Reporter
 from archwright.runtime.engine_building import build_engines, engine_builder
+from archwright.runtime.quantization.preparation import prepare, quantization_measured
 from archwright.runtime.text.tokenizer import open_tokenizer
 from archwright.runtime.verification import Report, content_checks, describe, measurements
 from archwright.spec import ArchwrightError, Spec, dump, load, spec_digest
-from archwright.spec.files import atomic_folder
+from archwright.spec.files import atomic_folder, refuse_existing
 from archwright.spec.manifest import write_manifest
 from archwright.spec.models import ModelWeights, Parallel
 
@@ -56,8 +57,8 @@ def build(
     plan: a file of `archwright plan -o`, refused (PLAN005) where it was made for something else.
     progress: is told what is being done; a Reporter also of TensorRT's phases.
     Graphs and weights of equal inputs are byte-equal; engines and their logs are not, which is TensorRT's doing.
-    Raises ArchwrightError BUILD001 to BUILD034 where it cannot be built, VERIFY010 where a check fails; then, and
-    where it is interrupted, there is no `out`.
+    Raises ArchwrightError BUILD001 to BUILD034 and BUILD060 to BUILD063 where it cannot be built, VERIFY010 where a
+    check fails; then, and where it is interrupted, there is no `out`. An interrupted calibration goes on another time.
     """
     out = Path(out)
     if to not in ("onnx", "engine"):
@@ -73,19 +74,24 @@ def build(
     builder = None if tensorrt is None else engine_builder(Artifact(out, spec), tensorrt, reporter)
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
+    refuse_existing(out)  # before minutes of calibration
+    start = time.perf_counter()
+    prepared = prepare(opened.spec, opened.weights, opened.tokenizer, out, reporter.say)
+    opened = replace(opened, weights=prepared.weights)
     with atomic_folder(out) as folder:
-        start = time.perf_counter()
+        prepared_s, start = time.perf_counter() - start, time.perf_counter()
         artifact = Artifact(folder, spec)
         export = _write(artifact, opened, reporter.say)
         exported_s = time.perf_counter() - start
-        report = Report(path=out, checks=tuple(content_checks(artifact, source=opened.weights, progress=reporter.say)))
+        checks = tuple(content_checks(artifact, source=opened.weights, progress=reporter.say))
+        report = Report(path=out, checks=checks, quality=prepared.quality)
         if not report.ok:
             raise _failed(source, report)
         measured: dict[str, Any] = {
             "errors": dict(measurements(report.checks)),
             "export_s": exported_s,
             "verify_s": time.perf_counter() - start - exported_s,
-        }
+        } | quantization_measured(prepared, prepared_s)
         details = describe(artifact.spec) | {"toolchain": _versions()}
         if builder is not None:
             engines = build_engines(artifact, builder, reporter)
@@ -157,7 +163,9 @@ def _artifact_spec(spec: Spec) -> Spec:
     """The part of a spec that an artifact is made of: no paths, nothing of the training."""
     parts = {"extends": None, "tokenizer": None, "data": None, "train": None, "parallel": Parallel()}
     capacity = spec.build.max_positions or spec.model.max_positions
-    build = {"max_positions": capacity, "engine": spec.build.engine.model_copy(update={"timing_cache": None})}
+    quantize = spec.build.quantize and spec.build.quantize.model_copy(update={"calibration": None, "limit": None})
+    engine = spec.build.engine.model_copy(update={"timing_cache": None})
+    build = {"max_positions": capacity, "engine": engine, "quantize": quantize}
     return spec.model_copy(update=parts | {"build": spec.build.model_copy(update=build)})
 
 

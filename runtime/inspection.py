@@ -50,14 +50,15 @@ def _artifact(path: Path) -> Facts:
     manifest = read_artifact_manifest(path)
     artifact = Artifact(path, load(path / "spec.yaml"))
     weights = RankWeights(artifact)
-    first = next(iter(weights.names()))
+    first = next(name for name, param in weights.params.items() if param.storage is None)
     return {
         "name": artifact.spec.name,
         "ranks": len(artifact.graphs),
         **_model_facts(artifact.spec),
-        "precision": str(weights.part(first, weights.holders(first)[0]).dtype),
+        "precision": str(weights.held(first, weights.holders(first)[0]).dtype),
         "logits": artifact.options.logits,
         **{key: manifest.details.get(key) for key in ("target", "fusions", "portable_layers")},
+        "weight_bytes": weights.stored_bytes(),
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),

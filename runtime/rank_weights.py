@@ -1,6 +1,6 @@
 """The weights that lie in an artifact: each rank's part, and the whole tensors that the parts make up."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -8,14 +8,17 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from archwright.compiler.interpreters.onnx_quantization import Packing, unpack
 from archwright.compiler.ir import Param
 from archwright.compiler.passes.fuse import Part
 from archwright.compiler.targets.onnx_graph import RankGraph, emit_stage
+from archwright.compiler.targets.rank_data import Placed
 from archwright.compiler.targets.stages import stages_of
-from archwright.compiler.weights.streaming import PRECISIONS, Weights
+from archwright.compiler.weights.streaming import Weights
 from archwright.runtime.artifact import Artifact
 from archwright.spec import ArchwrightError
 
@@ -30,12 +33,6 @@ Sample = Literal["all", "rows", "windows"]
 middle and last WINDOW_COLUMNS values, since whole columns lie on every page of the file: right after a build, which
 leaves none of them in the page cache, this would read the artifact again."""
 
-_DTYPES: Mapping[int, np.dtype[Any]] = {
-    TensorProto.FLOAT: PRECISIONS["float32"],
-    TensorProto.FLOAT16: PRECISIONS["float16"],
-    TensorProto.BFLOAT16: PRECISIONS["bfloat16"],
-}
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Place:
@@ -47,12 +44,44 @@ class _Place:
 
     file: Path
     offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
+    stored: Placed
     natural: tuple[int, ...]
     order: tuple[int, ...]
     rows: tuple[int, int]
     scale: float = 1.0
+
+
+class PackedPart:
+    """A part whose values share bytes, two in one: read like an array, where only what is asked for is unpacked."""
+
+    dtype = np.dtype(np.int8)
+
+    def __init__(self, place: _Place, packing: Packing) -> None:
+        self._place = place
+        self._packing: Packing = packing
+        self.shape = tuple(place.natural[place.order.index(dim)] for dim in range(len(place.order)))
+        self._bytes = np.memmap(place.file, np.uint8, "r", offset=place.offset, shape=(place.stored.num_bytes,))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return self[:].astype(dtype or self.dtype)
+
+    def __getitem__(self, key: slice | tuple[slice, ...]) -> Array:
+        """Unit steps only."""
+        given = key if isinstance(key, tuple) else (key,)
+        slices = (*given, *[slice(None)] * (len(self.shape) - len(given)))
+        *outer, last = (slices[dim] for dim in self._place.order)
+        *_, width = self._place.natural
+        if width % 2:  # a byte may belong to two rows
+            whole = unpack(self._bytes, self._packing, prod(self._place.natural)).reshape(self._place.natural)
+            return whole[(*outer, last)].transpose(np.argsort(self._place.order))
+        start, stop, _ = last.indices(width)
+        packed = self._bytes.reshape(*self._place.natural[:-1], width // 2)
+        part = np.ascontiguousarray(packed[(*outer, slice(start // 2, -(-stop // 2)))])
+        values = unpack(part.reshape(-1), self._packing, 2 * part.size).reshape(*part.shape[:-1], -1)
+        return values[..., start % 2 : start % 2 + max(0, stop - start)].transpose(np.argsort(self._place.order))
 
 
 class RankWeights:
@@ -86,25 +115,37 @@ class RankWeights:
     def read(self, name: str, slices: tuple[slice, ...] | None = None) -> Array:
         """The whole tensor, put together from the ranks (of equal parts, the first rank's), or a part of it."""
         param, ranks = self.params[name], self.holders(name)
-        whole = np.empty(param.shape, self._places[ranks[0]][name].dtype)
+        whole = np.empty(param.shape, self.held(name, ranks[0]).dtype)
         for rank in reversed(ranks):
-            whole[self.slices(param, rank)] = self.part(name, rank)
+            whole[self.slices(param, rank)] = self.part(name, rank)[:]
         return whole if slices is None else whole[slices]
 
-    def part(self, name: str, rank: int) -> Array:
+    def part(self, name: str, rank: int) -> Array | PackedPart:
         """What a rank has of a parameter, [out, in] as the canonical tensor is."""
         held, scale = self.held(name, rank), self.scale(name)
-        return held if scale == 1 else held * held.dtype.type(1 / scale)
+        return held if scale == 1 else held[:] * held.dtype.type(1 / scale)
 
-    def held(self, name: str, rank: int) -> Array:
+    def held(self, name: str, rank: int) -> Array | PackedPart:
         """A view of the same, multiplied by `scale` as it is stored."""
         place = self._places[rank][name]
-        view = np.memmap(place.file, place.dtype, "r", offset=place.offset, shape=place.natural)
+        if place.stored.external.packing is not None:  # quantized matrices are not fused
+            return PackedPart(place, place.stored.external.packing)
+        view = np.memmap(place.file, place.stored.dtype, "r", offset=place.offset, shape=place.natural)
         return np.asarray(view).transpose(np.argsort(place.order))[slice(*place.rows)]
 
     def scale(self, name: str) -> float:
         """What the stored values of a parameter were multiplied by: a power of two, 1 unless a pass folded it in."""
         return self._places[self.holders(name)[0]][name].scale
+
+    def stored_bytes(self) -> dict[str, int]:
+        """Type as ONNX calls it → bytes of all parameters, on all ranks together, the largest first."""
+        sizes: dict[str, int] = {}
+        for places in self._places:
+            for stored in {place.stored.name: place.stored for place in places.values()}.values():
+                dtype = stored.external.value.dtype
+                assert dtype is not None
+                sizes[dtype.name.lower()] = sizes.get(dtype.name.lower(), 0) + stored.num_bytes
+        return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
     def slices(self, param: Param, rank: int) -> tuple[slice, ...]:
         """Where a rank's part lies in the whole tensor."""
@@ -124,9 +165,7 @@ def _places(artifact: Artifact, graph: Path, emitted: RankGraph) -> dict[str, _P
             raise _wrong(graph, f"has no initializer `{placed.name}`")
         parts = emitted.weights.get(name, (Part(name=name),))
         shape = _stacked([local[part.name].shape for part in parts])
-        place = _place(graph, tensors[placed.name], shape, placed.external.order or tuple(range(len(shape))))
-        if place.shape != placed.shape or place.dtype != PRECISIONS[artifact.precision]:
-            raise _wrong(graph, f"`{placed.name}` is {place.dtype} {list(place.shape)}")
+        place = _place(graph, tensors[placed.name], shape, placed)
         start = 0
         for part in parts:
             stop = start + local[part.name].shape[0]
@@ -140,23 +179,21 @@ def _stacked(shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
-def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], order: tuple[int, ...]) -> _Place:
+def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], stored: Placed) -> _Place:
+    """shape: of the rank's part. stored: what the initializer must be."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
-    if tensor.data_type not in _DTYPES or "location" not in entries:
-        raise _wrong(graph, f"`{tensor.name}` is not stored beside the graph in a known type")
+    found = ir.DataType(tensor.data_type)
+    if "location" not in entries:
+        raise _wrong(graph, f"`{tensor.name}` is not stored beside the graph")
+    if tuple(tensor.dims) != stored.shape or found != stored.external.value.dtype:
+        raise _wrong(graph, f"`{tensor.name}` is {found.name} {list(tensor.dims)}")
+    order = stored.external.order or tuple(range(len(shape)))
     file = graph.parent / entries["location"]
-    place = _Place(
-        file=file,
-        offset=int(entries.get("offset", 0)),
-        shape=tuple(tensor.dims),
-        dtype=_DTYPES[tensor.data_type],
-        natural=tuple(shape[dim] for dim in order),
-        order=order,
-        rows=(0, shape[0]),
-    )
-    if not file.is_file() or place.offset + prod(place.shape) * place.dtype.itemsize > file.stat().st_size:
+    offset = int(entries.get("offset", 0))
+    if not file.is_file() or offset + stored.num_bytes > file.stat().st_size:
         raise _wrong(graph, f"`{tensor.name}` lies outside {entries['location']}")
-    return place
+    natural = tuple(shape[dim] for dim in order)
+    return _Place(file=file, offset=offset, stored=stored, natural=natural, order=order, rows=(0, shape[0]))
 
 
 def _wrong(graph: Path, message: str) -> ArchwrightError:
@@ -197,43 +234,53 @@ def not_finite(weights: RankWeights, *, sample: Sample) -> Iterator[str]:
     for name in weights.params:
         for rank in weights.holders(name):
             part = weights.held(name, rank)
+            if isinstance(part, PackedPart):
+                continue  # whole numbers
             slabs = (part[rows][..., columns] for rows in _slabs(part, sample) for columns in _windows(part, sample))
             if not all(np.isfinite(slab).all() for slab in slabs):
                 yield f"rank{rank}: its part of `{name}` is not finite"
 
 
-def _equal(part: Array, expected: Callable[[slice], Array], sample: Sample) -> bool:
+def _equal(part: Array | PackedPart, expected: Callable[[slice], Array], sample: Sample) -> bool:
     """Whether rows are equal bit for bit, the expected ones rounded to the type of `part`. Only these are read."""
     for rows in _slabs(part, sample):
-        found, wanted = part[rows], expected(rows)
-        if found.shape != wanted.shape:
-            return False
+        wanted = expected(rows)
         for columns in _windows(part, sample):
-            if _bits(found[..., columns]) != _bits(wanted[..., columns].astype(part.dtype)):
+            found = _window(part, rows, columns)
+            if found.shape != wanted[..., columns].shape:
+                return False
+            if _bits(found) != _bits(wanted[..., columns].astype(part.dtype)):
                 return False
     return True
+
+
+def _window(part: Array | PackedPart, rows: slice, columns: slice) -> Array:
+    if not isinstance(part, PackedPart):
+        return part[rows][..., columns]
+    return part[(rows, *[slice(None)] * (len(part.shape) - 2), columns)]
 
 
 def _bits(array: Array) -> bytes:
     return np.ascontiguousarray(array).tobytes()
 
 
-def _slabs(array: Array, sample: Sample) -> Iterator[slice]:
+def _slabs(array: Array | PackedPart, sample: Sample) -> Iterator[slice]:
     """Row ranges that cover the array, or evenly spaced rows of a large one, the first and the last among them."""
     rows = len(array)
     if sample != "all" and rows > SAMPLED_ROWS:
         for row in np.unique(np.linspace(0, rows - 1, SAMPLED_ROWS).astype(int)).tolist():
             yield slice(row, row + 1)
         return
-    step = max(1, SLAB_BYTES // max(1, array[:1].nbytes))
+    step = max(1, SLAB_BYTES // max(1, prod(array.shape[1:]) * array.dtype.itemsize))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
 
-def _windows(array: Array, sample: Sample) -> list[slice]:
+def _windows(array: Array | PackedPart, sample: Sample) -> list[slice]:
     """Ranges of the last axis."""
     columns = array.shape[-1]
-    if sample != "windows" or array.flags.c_contiguous or columns <= 3 * WINDOW_COLUMNS:
+    whole = not isinstance(array, PackedPart) and array.flags.c_contiguous
+    if sample != "windows" or whole or columns <= 3 * WINDOW_COLUMNS:
         return [slice(None)]
     starts = (0, (columns - WINDOW_COLUMNS) // 2, columns - WINDOW_COLUMNS)
     return [slice(start, start + WINDOW_COLUMNS) for start in starts]

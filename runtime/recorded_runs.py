@@ -29,9 +29,9 @@ from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import AnyBackend
 from archwright.runtime.backends.onnxruntime_backend import (
     bucketed,
-    load_onnxruntime,
     open_artifact_graphs,
     open_session,
+    session_options,
 )
 from archwright.spec import Spec
 
@@ -206,7 +206,7 @@ class _StageRun:
         made = {name: node.op_type for node in model.graph.node for name in node.output}
         self._values = [_on_ranks(name, made, ranks) for name in names]
         self._shapes = _cut(model.graph, {name for each in self._values for name in each if name is not None})
-        options = load_onnxruntime().SessionOptions()
+        options = session_options()
         options.log_severity_level = 3  # a run without bound outputs copies the caches, and says so each time
         folder = str(artifact.path.resolve())
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", folder)

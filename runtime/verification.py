@@ -18,15 +18,19 @@ import onnx
 
 from archwright.compiler.interpreters.onnx_dialects import dialect_of
 from archwright.compiler.passes import lower
+from archwright.compiler.passes.quantize import rounds_inputs
 from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.linter import lint
 from archwright.compiler.targets.merge import load_ranks, merge_ranks
 from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, external_data, read_artifact_manifest, seal
-from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime, open_artifact_graphs
+from archwright.runtime.backends.exposing import ExposingBackend
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, load_onnxruntime, open_artifact_graphs
 from archwright.runtime.engines.opening import find_engines, has_engines
 from archwright.runtime.numerics import Comparison, compare
+from archwright.runtime.quantization.quality import Quality
 from archwright.runtime.rank_weights import RankWeights, Sample, differing_ranks, differing_source, not_finite
 from archwright.spec import ArchwrightError, Spec, load, spec_digest
 from archwright.spec.manifest import MANIFEST, Manifest, check_manifest
@@ -55,10 +59,11 @@ class Check:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What `verify` found."""
+    """What `verify` found. quality: of a build that was quantized and measured."""
 
     path: Path
     checks: tuple[Check, ...]
+    quality: Quality | None = None
 
     @property
     def ok(self) -> bool:
@@ -76,10 +81,15 @@ class Report:
             error, tolerance = ("" if x is None else f"{x:.1e}" for x in (check.error, check.tolerance))
             line = f"{check.name:<{width}}  {check.result:<8}  {error:>8}  {tolerance:>8}  {check.detail}"
             lines += [line.rstrip(), *(f"{'':<{width}}  {check.code} {problem}" for problem in check.problems)]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([] if self.quality is None else ["", self.quality.as_text()])])
 
     def as_json(self) -> dict[str, Any]:
-        return {"path": str(self.path), "ok": self.ok, "checks": [asdict(check) for check in self.checks]}
+        content: dict[str, Any] = {
+            "path": str(self.path),
+            "ok": self.ok,
+            "checks": [asdict(check) for check in self.checks],
+        }
+        return content if self.quality is None else content | {"quality": self.quality.as_json()}
 
 
 def verify(path: str | Path, progress: Progress = lambda message: None) -> Report:
@@ -232,7 +242,14 @@ def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
 
 def _numbers(artifact: Artifact) -> Iterator[Comparison]:
     with computable(artifact) as small:
-        yield from compare(open_artifact_graphs(small), lower(small.spec), RankWeights(small))
+        backend = _backend(small)
+        yield from compare(backend, small.program, RankWeights(small))
+
+
+def _backend(artifact: Artifact) -> OnnxRuntimeBackend:
+    if rounds_inputs(artifact.program):
+        return ExposingBackend(artifact.path, artifact.plan, max_batch=artifact.max_batch)
+    return open_artifact_graphs(artifact)
 
 
 @contextmanager
@@ -243,7 +260,7 @@ def computable(artifact: Artifact) -> Iterator[Artifact]:
         return
     with tempfile.TemporaryDirectory(prefix="archwright-reduced-") as name:
         small = Artifact(Path(name), reduced(artifact.spec))
-        weights = GeneratedWeights(params=small.plan.program.params(), seed=0)
+        weights = built_weights(small.spec, GeneratedWeights(params=lower(small.spec).params(), seed=0))
         export_graphs(
             small.plan,
             weights,

@@ -12,6 +12,7 @@ from archwright.spec.findings import Finding, divisors, layers, nearest
 from archwright.spec.mesh_checks import MESH_RULES
 from archwright.spec.models import Llama3Scaling, Range, SentencePieceTokenizer, Spec
 from archwright.spec.moe_checks import MOE_RULES
+from archwright.spec.quantize_checks import QUANTIZE_RULES
 from archwright.spec.source import MapNode, fault, find
 from archwright.spec.structure import Path, parse_path
 
@@ -226,4 +227,5 @@ RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
     *MESH_RULES,
     *MOE_RULES,
     *ENGINE_RULES,
+    *QUANTIZE_RULES,
 )

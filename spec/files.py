@@ -37,7 +37,7 @@ def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse")
     path = Path(os.path.abspath(path))
     recover(path)
     if exist == "refuse":
-        _refuse_existing(path)
+        refuse_existing(path)
     _make_folder(path.parent)
     temporary = _temporary(path)
     temporary.mkdir()
@@ -45,7 +45,7 @@ def atomic_folder(path: Path, *, exist: Literal["refuse", "replace"] = "refuse")
         yield temporary
         _sync_tree(temporary)
         if exist == "refuse":
-            _refuse_existing(path)
+            refuse_existing(path)
         _move_into_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,7 +76,8 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path) -> None:
+    """Raises `ArchwrightError` (SPEC090) where something stands in the way of a new file or folder."""
     if os.path.lexists(path):
         raise ArchwrightError(
             "SPEC090", f"`{path}` exists already", help="choose another name, or remove what is there first"

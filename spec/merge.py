@@ -27,6 +27,7 @@ PATH_FIELDS = (
     ("data", "sources", "*", "path"),
     ("train", "base"),
     ("build", "engine", "timing_cache"),
+    ("build", "quantize", "calibration", "path"),
 )
 
 

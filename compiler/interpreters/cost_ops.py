@@ -112,6 +112,22 @@ class CostOps(MoeCosts):
             read(bias, y)
         return y if gather is None else self._gather(y, gather)
 
+    def dequantize(self, weight: Shaped, scale: Shaped) -> Shaped:
+        *rows, columns = weight.shape
+        if list(scale.shape[:-1]) != rows or columns % scale.shape[-1]:
+            raise Disagreement("IR008", f"a matrix {list(weight.shape)} meets scales {list(scale.shape)}")
+        last = len(rows)
+        cut, scaled = ({(s.dim, s.mesh_axis, s.parts) for s in each.splits} for each in (weight, scale))
+        by_rows = {each for each in cut if each[0] != last}
+        if scaled != cut and not (scale.shape[-1] == 1 and scaled == by_rows):
+            raise Disagreement("IR009", "a matrix and its scales are cut differently")
+        return weight
+
+    def round_to_float8(self, x: Shaped, scale_11: Shaped) -> Shaped:
+        if scale_11.shape != (1, 1):
+            raise Disagreement("IR008", f"an input's scale is {list(scale_11.shape)}, not one number")
+        return x
+
     def _reduce(self, op: str, y: Shaped, boundary: Boundary) -> Shaped:
         axis, tokens = boundary.group, boundary.tokens
         self._exchange(op, y, axis, *(("reduce_scatter", "all_gather") if tokens else ("all_reduce", None)))

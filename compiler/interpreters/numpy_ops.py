@@ -5,7 +5,7 @@ P cache capacity, E experts, X experts of a token.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -40,6 +40,12 @@ class NumpyOps:
         self, x: Array, weight: Array, bias: Array | None, *, reduce: Boundary | None, gather: Boundary | None = None
     ) -> Array:
         return x @ weight.T if bias is None else x @ weight.T + bias
+
+    def dequantize(self, weight: Array, scale: Array) -> Array:
+        return weight * np.repeat(scale, weight.shape[-1] // scale.shape[-1], axis=-1)
+
+    def round_to_float8(self, x: Array, scale_11: Array) -> Array:
+        return float8(x / scale_11[0, 0]) * scale_11[0, 0]
 
     def embed(self, ids_BS: Array, weight_VD: Array, *, reduce: Boundary | None) -> Array:
         return weight_VD[ids_BS]
@@ -156,11 +162,46 @@ class NumpyOps:
         return np.sum((log_sum_BS - picked_BS) * valid_BS), int(valid_BS.sum())
 
 
+def float8(x: Array) -> Array:
+    """The nearest values of E4M3, ties to even, at most ±448: 3 bits behind the first, exponents from -6 to 8."""
+    exponent = np.maximum(np.frexp(x)[1] - 1, -6)
+    step = np.ldexp(1.0, exponent - 3)
+    return np.clip(np.rint(x / step) * step, -448, 448)
+
+
 def _scores(logits_BSE: Array, routing: Routing) -> Array:
     if routing.score == "sigmoid":
         return 0.5 * (1 + np.tanh(0.5 * logits_BSE))  # 1 / (1 + exp(-x)), without overflow
     score_BSE = np.exp(logits_BSE - logits_BSE.max(axis=-1, keepdims=True))
     return score_BSE / score_BSE.sum(axis=-1, keepdims=True)
+
+
+class FollowingNumpyOps(NumpyOps):
+    """The oracle of a target that rounds its inputs to 8-bit floats, where a last bit decides between two neighbours.
+
+    followed: what the target rounded to, [B, S, D] for each rounding in program order, NaN where it did not. It is
+    taken where it is an 8-bit float times the scale, and as near as the nearest up to `margin` times the largest input;
+    elsewhere the oracle has its own.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Array],
+        cache: dict[tuple[str, str], Array] | None,
+        followed: Iterable[Array],
+        margin: float,
+    ) -> None:
+        super().__init__(weights, cache)
+        self._followed = iter(followed)
+        self._margin = margin
+
+    def round_to_float8(self, x: Array, scale_11: Array) -> Array:
+        own, theirs = super().round_to_float8(x, scale_11), next(self._followed)
+        theirs = np.where(np.isnan(theirs), own, theirs)
+        exact = super().round_to_float8(theirs, scale_11)
+        rounded = np.abs(theirs - exact) <= 1e-6 * np.abs(exact)  # a product in the target's precision
+        legal = np.abs(exact - x) <= np.abs(own - x) + self._margin * np.abs(x).max()
+        return np.where(rounded & legal, exact, own)
 
 
 def run_numpy(
@@ -170,14 +211,16 @@ def run_numpy(
     *,
     step: Step[Array] | None = None,
     cache: dict[tuple[str, str], Array] | None = None,
+    ops: NumpyOps | None = None,
 ) -> Any:
     """Logits [B, S, V] in float64, or (loss_sum, num_tokens) where the step carries targets.
 
-    step: positions 0..S-1 by default. cache: see `make_cache`; needed where the step has a write_index.
+    step: positions 0..S-1 by default. cache: see `make_cache`; needed where the step has a write_index. ops:
+    in place of NumpyOps over weights and cache.
     """
     if step is None:
         step = Step(positions_BS=np.broadcast_to(np.arange(ids_BS.shape[1]), ids_BS.shape))
-    return program.run(instance_of(program, NumpyOps(weights, cache)), ids_BS, step)
+    return program.run(instance_of(program, ops or NumpyOps(weights, cache)), ids_BS, step)
 
 
 def make_cache(

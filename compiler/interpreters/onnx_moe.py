@@ -30,6 +30,7 @@ from archwright.compiler.ir import Boundary, Penalties, Routing
 
 if TYPE_CHECKING:
     from archwright.compiler.interpreters.onnx_ops import Tensor, Weight
+    from archwright.compiler.interpreters.onnx_quantization import Dequantized
 
 
 class OnnxMoe(ABC):
@@ -55,7 +56,7 @@ class OnnxMoe(ABC):
     def silu(self, x: "Tensor") -> "Tensor": ...
 
     @abstractmethod
-    def stored(self, weight: "Weight", *, order: tuple[int, ...], shape: tuple[int, ...]) -> "Tensor": ...
+    def stored(self, weight: "Weight | Dequantized", *, order: tuple[int, ...], shape: tuple[int, ...]) -> "Tensor": ...
 
     @abstractmethod
     def reduce(self, y: "Tensor", boundary: Boundary) -> "Tensor": ...
@@ -87,9 +88,9 @@ class OnnxMoe(ABC):
         x_BSD: "Tensor",
         weights_BSX: "Tensor",
         indices_BSX: "Tensor",
-        gate_EFD: "Weight",
-        up_EFD: "Weight",
-        down_EDF: "Weight",
+        gate_EFD: "Weight | Dequantized",
+        up_EFD: "Weight | Dequantized",
+        down_EDF: "Weight | Dequantized",
         *,
         dispatch: str | None,
         reduce: Boundary | None,
@@ -112,7 +113,7 @@ class OnnxMoe(ABC):
         experts, inner, hidden = gate_EFD.param.shape
         joined = (*x_BSD.shape[:-1], experts * inner)
 
-        def widen(weight: "Weight", name: str) -> "Tensor":
+        def widen(weight: "Weight | Dequantized", name: str) -> "Tensor":
             matrix = self.stored(weight, order=(2, 0, 1), shape=(hidden, experts * inner))
             return self.emit("MatMul", [x_BSD, matrix], name=f"experts/{name}", shape=joined)
 

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_moe import OnnxMoe
+from archwright.compiler.interpreters.onnx_quantization import Dequantized, OnnxQuantization, Packing
 from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
 
 OPSET = 24
@@ -37,7 +38,12 @@ NUMPY_DTYPES: Mapping[ir.DataType, np.dtype[Any]] = {
     ir.DataType.FLOAT: np.dtype("<f4"),
     ir.DataType.FLOAT16: np.dtype("<f2"),
     ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+    ir.DataType.FLOAT8E4M3FN: np.dtype(ml_dtypes.float8_e4m3fn),
+    ir.DataType.INT8: np.dtype("i1"),
+    ir.DataType.INT4: np.dtype("i1"),
+    ir.DataType.UINT8: np.dtype("i1"),
 }
+"""How values are held in memory. Those of 4 bits take a byte each, and are packed when they are written."""
 Size = int | str
 """A static size, or the name of a symbolic one: batch, sequence, positions."""
 
@@ -74,15 +80,17 @@ class External:
 
     source: the parameter that is stored, or what computes the values when they are written.
     order: of a parameter's dims in the file, where they stand in another; the graph's shape may join neighbours.
+    packing: how two values of 4 bits share a byte.
     """
 
     value: ir.Value
     source: str | Callable[[], NDArray[Any]]
     order: tuple[int, ...] | None = None
+    packing: Packing | None = None
 
 
 @dataclass(kw_only=True)
-class OnnxOps(OnnxMoe):
+class OnnxOps(OnnxQuantization, OnnxMoe):
     """Ops that append to a graph.
 
     precision: of weights, activations and caches. The rotation and the sums inside RMSNorm are float32 in every
@@ -183,37 +191,50 @@ class OnnxOps(OnnxMoe):
     def param(self, name: str, param: Param) -> Weight:
         return Weight(name=name, param=param)
 
-    def _stored(self, weight: Weight) -> Tensor:
-        """The initializer of a parameter."""
-        return self._external(weight.name, weight.param.shape, self.dtype, weight.name)
+    def _stored(self, weight: Weight | Dequantized) -> Tensor:
+        """The initializer of a parameter, or what makes a quantized one of it."""
+        if isinstance(weight, Dequantized):
+            return self.dequantized(weight)
+        return self.external(weight.name, weight.param.shape, self.dtype, weight.name)
 
-    def stored(self, weight: Weight, *, order: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
+    def stored(self, weight: Weight | Dequantized, *, order: tuple[int, ...], shape: tuple[int, ...]) -> Tensor:
         """The same with its dims in another order, called `{name}.T` since it is not the canonical one."""
-        return self._external(f"{weight.name}.T", shape, self.dtype, weight.name, order)
+        if isinstance(weight, Dequantized):
+            return self.dequantized(weight, order=order, shape=shape)
+        return self.external(f"{weight.name}.T", shape, self.dtype, weight.name, order)
 
-    def _external(
+    def external(
         self,
         name: str,
         shape: tuple[int, ...],
         dtype: ir.DataType,
         source: str | Callable[[], NDArray[Any]],
         order: tuple[int, ...] | None = None,
+        *,
+        packing: Packing | None = None,
     ) -> Tensor:
         if name not in self.externals:
             value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
-            self.externals[name] = External(value=value, source=source, order=order)
+            self.externals[name] = External(value=value, source=source, order=order, packing=packing)
         return Tensor(self.externals[name].value, self)
 
     def linear(
         self,
         x: Tensor,
-        weight: Weight,
+        weight: Weight | Dequantized,
         bias: Weight | None,
         *,
         reduce: Boundary | None,
         gather: Boundary | None = None,
     ) -> Tensor:
         assert gather is None, "inference keeps the vocabulary whole"
+        y = self._product(x, weight)
+        y = y if reduce is None else self.reduce(y, reduce)
+        return y if bias is None else self.emit("Add", [y, self._stored(bias)], name="linear/bias")
+
+    def _product(self, x: Tensor, weight: Weight | Dequantized) -> Tensor:
+        if isinstance(weight, Dequantized) and (fused := self.fused_product(x, weight)) is not None:
+            return fused
         rows, columns = weight.param.shape
         if weight.param.share is None:
             # [in, out] is what MatMul multiplies with and what weight-only quantisation needs; transposing costs the
@@ -222,9 +243,7 @@ class OnnxOps(OnnxMoe):
         else:
             plain = self._stored(weight)
             matrix = self.emit("Transpose", [plain], name="linear/transpose", shape=(columns, rows), perm=[1, 0])
-        y = self.emit("MatMul", [x, matrix], name="linear", shape=(*x.shape[:-1], rows))
-        y = y if reduce is None else self.reduce(y, reduce)
-        return y if bias is None else self.emit("Add", [y, self._stored(bias)], name="linear/bias")
+        return self.emit("MatMul", [x, matrix], name="linear", shape=(*x.shape[:-1], rows))
 
     def reduce(self, y: Tensor, boundary: Boundary) -> Tensor:
         """The sum over the ranks that compute parts.
@@ -258,7 +277,7 @@ class OnnxOps(OnnxMoe):
             **groups,
         )
 
-    def embed(self, ids_BS: Tensor, weight_VD: Weight, *, reduce: Boundary | None) -> Tensor:
+    def embed(self, ids_BS: Tensor, weight_VD: Weight | Dequantized, *, reduce: Boundary | None) -> Tensor:
         assert reduce is None, "inference keeps tables whole"
         shape = (*ids_BS.shape, weight_VD.param.shape[1])
         return self.emit(
@@ -332,8 +351,8 @@ class OnnxOps(OnnxMoe):
             angle_PH = np.arange(self.capacity)[:, None] * np.array(table.frequencies())
             return function(angle_PH).astype(np.float32)
 
-        cos = self._external(f"{table.key}/cos", shape, ir.DataType.FLOAT, lambda: tabled(np.cos))
-        sin = self._external(f"{table.key}/sin", shape, ir.DataType.FLOAT, lambda: tabled(np.sin))
+        cos = self.external(f"{table.key}/cos", shape, ir.DataType.FLOAT, lambda: tabled(np.cos))
+        sin = self.external(f"{table.key}/sin", shape, ir.DataType.FLOAT, lambda: tabled(np.sin))
         return cos, sin
 
     def kv_update(self, m: Any, name: str, x_BKSH: Tensor, step: Step[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 from archwright.compiler.ir import Ops
 
-OPERATIONS = frozenset(name for name in vars(Ops) if not name.startswith("_"))
+OPERATIONS = frozenset(name for name in vars(Ops) if not name.startswith("_")) - {"dequantize"}
 """What is recorded, beside the arithmetic of blocks; the rest (parameters, scopes) is passed through."""
 
 

@@ -23,13 +23,20 @@ from archwright.compiler.distributed.checkpointing import Checkpointing
 from archwright.compiler.distributed.collectives import join
 from archwright.compiler.distributed.context import gathered_order, positions_of
 from archwright.compiler.interpreters.torch_ops import TorchOps, make_step
-from archwright.compiler.ir import Block, Param, Program, RopeTable
+from archwright.compiler.ir import Block, Param, Program, RopeTable, Storage
 
 Cache = Mapping[str, Mapping[str, torch.Tensor]]
 """Path of a block → name of its state → tensor [batch, kv_heads, positions, head_dim]."""
 
 Form = tuple[tuple[int, ...], torch.dtype]
 """Shape and type of a tensor."""
+
+STORED: Mapping[Storage | None, torch.dtype] = {
+    "int4": torch.int8,
+    "int8": torch.int8,
+    "float8": torch.float8_e4m3fn,
+}
+"""How torch holds quantized matrices."""
 
 RECOMPILATIONS = 64
 """Of one kind of layer: with and without gradients, for batches and lengths of 1 and of more, with a window that hides
@@ -149,7 +156,8 @@ class TorchProgram(nn.Module):
         for name, param in block.params().items():
             owner = owners.setdefault(param.share, module) if param.share else module
             if owner is module:
-                module.register_parameter(name, nn.Parameter(torch.empty(param.shape, dtype=dtype, device=device)))
+                tensor = torch.empty(param.shape, dtype=STORED.get(param.storage, dtype), device=device)
+                module.register_parameter(name, nn.Parameter(tensor, requires_grad=param.storage is None))
             else:
                 module.borrow(name, owner)
         for name, sub in block.children().items():

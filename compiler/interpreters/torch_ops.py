@@ -96,6 +96,14 @@ class TorchOps(TorchMoe):
         y = F.linear(x, weight.to(x.dtype), bias)
         return y if gather is None else join(y, self.groups[gather.mesh_axis], -1)[..., : self.vocab_size]
 
+    def dequantize(self, weight: Tensor, scale: Tensor) -> Tensor:
+        groups = weight.to(self.dtype).unflatten(-1, (scale.shape[-1], -1))
+        return (groups * scale.to(self.dtype)[..., None]).flatten(-2)
+
+    def round_to_float8(self, x: Tensor, scale_11: Tensor) -> Tensor:
+        scale = scale_11.to(x.dtype)[0, 0]
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
     def embed(self, ids_BS: Tensor, weight_VD: Tensor, *, reduce: Boundary | None) -> Tensor:
         if reduce is None:
             return F.embedding(ids_BS, weight_VD).to(self.dtype)

@@ -2,7 +2,18 @@
 
 from archwright.compiler.ir.block import Block, Boundary, State, child
 from archwright.compiler.ir.ops import Ops, Scope, Step
-from archwright.compiler.ir.param import TABLE_AXES, Axis, Init, Normal, Ones, Param, Split, Zeros
+from archwright.compiler.ir.param import (
+    STORED_BITS,
+    TABLE_AXES,
+    Axis,
+    Init,
+    Normal,
+    Ones,
+    Param,
+    Split,
+    Storage,
+    Zeros,
+)
 from archwright.compiler.ir.plan import MESH_AXES, Degrees, Plan
 from archwright.compiler.ir.program import Program, Segment, Site
 from archwright.compiler.ir.scope import Instance
@@ -10,6 +21,7 @@ from archwright.compiler.ir.values import Causal, Mask, Penalties, RopeTable, Ro
 
 __all__ = [
     "MESH_AXES",
+    "STORED_BITS",
     "TABLE_AXES",
     "Axis",
     "Block",
@@ -34,6 +46,7 @@ __all__ = [
     "Split",
     "State",
     "Step",
+    "Storage",
     "Window",
     "Zeros",
     "child",

@@ -44,6 +44,8 @@ def _visit(block: Block, name: str, depth: int, lines: list[str]) -> None:
 def _param(param: Param) -> str:
     dims = ", ".join(f"{axis} {size}" for axis, size in zip(param.axes, param.shape, strict=True))
     text = f"[{dims}] {param.init}"
+    if param.storage is not None:
+        text += f", stored as {param.storage}"
     if param.share is not None:
         text += f", shared as {param.share}"
     for split in param.splits:

@@ -52,6 +52,18 @@ class Ops(Protocol[T]):
         """
         ...
 
+    def dequantize(self, weight: T, scale: T) -> T:
+        """weight · scale: a matrix as its reader multiplies with it.
+
+        weight [..., out, in], scale [..., out, groups]: in / groups neighbours along `in` share a scale. A weight, like
+        a parameter, and no result of its own: it is not recorded.
+        """
+        ...
+
+    def round_to_float8(self, x: T, scale_11: T) -> T:
+        """x / scale rounded to the nearest 8-bit float (E4M3, ties to even, at most ±448), times scale."""
+        ...
+
     def embed(self, ids_BS: T, weight_VD: T, *, reduce: Boundary | None) -> T:
         """Rows of a table. reduce: the mesh axis over which its rows are cut."""
         ...

@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-Axis = Literal["vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert", "router", "tokens"]
+Axis = Literal[
+    "vocab", "positions", "embed", "heads", "kv_heads", "ffn", "head_dim", "expert", "router", "tokens", "one"
+]
 """`expert`: the dim that stacks experts. `router`: the rows of a router, one an expert, which every rank needs.
-`tokens` is no parameter's: a sharding table has it where the ranks of an axis have tokens of their own."""
+`tokens` is no parameter's: a sharding table has it where the ranks of an axis have tokens of their own. `one`: a single
+scale for all channels."""
+Storage = Literal["int4", "int8", "float8"]
+"""How a quantized matrix is stored: whole numbers of 4 or 8 bits, or 8-bit floats (E4M3)."""
+STORED_BITS: dict[Storage, int] = {"int4": 4, "int8": 8, "float8": 8}
 TABLE_AXES: tuple[Axis, ...] = ("vocab", "positions")
 """Of tables that are looked up by row. Their pieces may be filled up with rows that nobody reads."""
 
@@ -74,6 +80,7 @@ class Param:
     splits: written by `partition`, one for each mesh axis that cuts the tensor.
     partial: written by `partition`: the mesh axis whose ranks read the whole tensor, each for other tokens; its
     gradient is summed over that axis.
+    storage: written by `quantize`: how the tensor is stored; None in the precision of the model.
     """
 
     shape: tuple[int, ...]
@@ -83,6 +90,7 @@ class Param:
     share: str | None = None
     splits: tuple[Split, ...] = ()
     partial: str | None = None
+    storage: Storage | None = None
 
     @property
     def split(self) -> Split | None:

@@ -57,7 +57,7 @@ def fold_scale(program: Program) -> Fused:
     """
 
     def change(path: str, block: Block, weights: dict[str, tuple[Part, ...]]) -> Block:
-        if not isinstance(block, GroupedQueryAttention) or block.scale is not None:
+        if not isinstance(block, GroupedQueryAttention) or block.scale is not None or not _are_plain(block.q_proj):
             return block
         scale = block.head_dim**-0.5
         if math.frexp(scale)[0] != 0.5:
@@ -75,7 +75,7 @@ def fuse_qkv(program: Program) -> Fused:
     """One matrix for queries, keys and values."""
 
     def change(path: str, block: Block, weights: dict[str, tuple[Part, ...]]) -> Block:
-        if not isinstance(block, GroupedQueryAttention):
+        if not isinstance(block, GroupedQueryAttention) or not _are_plain(block.q_proj, block.k_proj, block.v_proj):
             return block
         heads, kv_heads = (linear.weight.shape[0] // block.head_dim for linear in (block.q_proj, block.k_proj))
         return FusedAttention(
@@ -97,7 +97,7 @@ def fuse_gate_up(program: Program) -> Fused:
     """One matrix for the gate and what it gates, in every SwiGLU but those of experts, which are stacks."""
 
     def change(path: str, block: Block, weights: dict[str, tuple[Part, ...]]) -> Block:
-        if not isinstance(block, SwiGLU):
+        if not isinstance(block, SwiGLU) or not _are_plain(block.gate_proj, block.up_proj):
             return block
         joined = _joined(path, ("gate_proj", "up_proj"), "gate_up_proj", block, weights)
         return FusedSwiGLU(enter=block.enter, gate_up_proj=joined, down_proj=block.down_proj)
@@ -119,6 +119,12 @@ def verify_fused(fused: Fused, splits: Mapping[str, tuple[Split, ...]]) -> None:
     """
     known = {name: splits[parts[0].name] for name, parts in fused.weights.items()}
     verify_program(fused.program, splits={**splits, **known})
+
+
+def _are_plain(*linears: Linear) -> bool:
+    """Whether matrices have all their bits. Quantized ones are left as they are: their scales would have to be joined
+    as well, and a folded factor be rounded."""
+    return all(type(linear) is Linear for linear in linears)
 
 
 def _joined(

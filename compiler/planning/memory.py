@@ -3,7 +3,7 @@
 from dataclasses import dataclass, fields
 from math import prod
 
-from archwright.compiler.ir import Plan, Program
+from archwright.compiler.ir import STORED_BITS, Param, Plan, Program
 from archwright.compiler.planning.constants import Constants
 from archwright.compiler.planning.kept import Kept, kept
 from archwright.compiler.planning.layout import Layout, ParamSize
@@ -310,16 +310,20 @@ def _loss_bytes(layout: Layout, tokens: int, compute: int) -> int:
 def inference_memory(
     plan: Plan, build: Build, constants: Constants | None = None, *, stage: int = 0
 ) -> InferenceMemory:
-    """Of a rank of a pipeline stage: its weights in the precision of the build (of a matrix that embedding and head
-    share, the first and the last stage each have a copy), and a cache of max_batch rows of max_positions tokens for its
-    layers."""
+    """Of a rank of a pipeline stage: its weights as they are stored (of a matrix that embedding and head share, the
+    first and the last stage each have a copy), and a cache of max_batch rows of max_positions tokens for its layers."""
     rows, program = build.max_batch * cache_positions(plan.program, build), plan.local_stage(stage)
     return InferenceMemory(
-        weights_bytes=program.num_params() * BYTES[build.precision],
+        weights_bytes=sum(_stored_bytes(param, build.precision) for param in program.params().values()),
         kv_cache_bytes=rows * kv_bytes_per_token(program, build.precision),
         context_bytes=round(constants["context_bytes"]) if constants else 0,
         nccl_bytes=round(constants["nccl_bytes"]) if constants and plan.degrees.world > 1 else 0,
     )
+
+
+def _stored_bytes(param: Param, precision: str) -> int:
+    """Of a quantized matrix in its own type."""
+    return param.size * BYTES[precision] if param.storage is None else -(-param.size * STORED_BITS[param.storage] // 8)
 
 
 def cache_positions(program: Program, build: Build) -> int:

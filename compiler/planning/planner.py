@@ -5,7 +5,16 @@ from dataclasses import replace
 
 from archwright.compiler.interpreters.cost_ops import run_cost
 from archwright.compiler.ir import Degrees, Plan, Program
-from archwright.compiler.passes import INFERENCE_TABLE, TRAINING_TABLE, degrees_of, lower, run_passes
+from archwright.compiler.passes import (
+    INFERENCE_TABLE,
+    PASSES,
+    TRAINING_TABLE,
+    build_passes,
+    degrees_of,
+    lower,
+    run_passes,
+)
+from archwright.compiler.passes.quantize import num_weights
 from archwright.compiler.planning.changes import cheapest_change, with_settings
 from archwright.compiler.planning.inference import estimate_inference
 from archwright.compiler.planning.layout import Layouts, distinct
@@ -38,7 +47,8 @@ def plan(
     if cluster is not None:
         _check_mesh(spec, degrees, cluster)
     if spec.train is None or dump_after is not None:
-        placed = run_passes(spec, degrees, table, dump_after=dump_after, write=write)
+        passes = PASSES if spec.train else build_passes(spec)
+        placed = run_passes(spec, degrees, table, passes=passes, dump_after=dump_after, write=write)
     if spec.train is None:
         return _plan_inference(spec, placed, cluster)
     run_passes(_one_of_each(spec), replace(degrees, pipeline=1, stages_per_rank=1), table)
@@ -85,8 +95,8 @@ def _plan_inference(spec: Spec, placed: Plan, cluster: Cluster | None) -> PlanRe
     return PlanReport(
         name=spec.name, kind="inference", degrees=_build_degrees(placed.degrees),
         replicas=cluster.count // world if cluster else 1,
-        num_params=placed.program.num_params(),
-        num_params_per_rank=max(placed.local_stage(stage).num_params() for stage in range(len(placed.stages))),
+        num_params=num_weights(placed.program),
+        num_params_per_rank=max(num_weights(placed.local_stage(stage)) for stage in range(len(placed.stages))),
         flops=_flops(placed.program, positions), kv_precision=build.precision,
         kv_bytes_per_token=kv_bytes_per_token(placed.program, build.precision), 
         memory=tuple(found.memory[placed.coordinates(rank)["pipeline"]] for rank in range(world)),

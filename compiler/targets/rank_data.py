@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from archwright.compiler.interpreters.onnx_ops import NUMPY_DTYPES, External
+from archwright.compiler.interpreters.onnx_quantization import pack
 from archwright.compiler.ir import Param, Program
 from archwright.compiler.passes.fuse import Part, WeightMap
 from archwright.compiler.weights.hashed_file import HashedFile
@@ -60,7 +61,9 @@ class Placed:
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.shape) * self.dtype.itemsize
+        """In the file."""
+        values = prod(self.shape)
+        return -(-values // 2) if self.external.packing == "int4" else values * self.dtype.itemsize
 
 
 class Graph(Protocol):
@@ -85,7 +88,7 @@ def write_rank_data(
     with ExitStack() as stack:
         files = [stack.enter_context(HashedFile(path)) for path in paths]
         writer = stack.enter_context(_Writer())
-        scratch = _Scratch(max((placed.num_bytes for placed in layout), default=0) * len(files))
+        scratch = _Scratch(max((prod(p.shape) * p.dtype.itemsize for p in layout), default=0) * len(files))
         for placed in layout:
             source = placed.external.source
             if not isinstance(source, str):
@@ -120,7 +123,10 @@ class _Writer:
             for file, part in zip(files, parts, strict=True):
                 if first:
                     file.write(bytes(placed.offset - file.num_bytes))
-                write_array(file, part, placed.dtype, part.shape, placed.name)
+                if placed.external.packing is not None:
+                    file.write(pack(part, placed.external.packing))
+                else:
+                    write_array(file, part, placed.dtype, part.shape, placed.name)
 
         self._wait()
         self._last = self._pool.submit(write)
@@ -219,8 +225,9 @@ def _transpose(source: Array, target: Array) -> None:
     rows fill whole cache lines, several in a row. Ten times faster than NumPy's own copy of a transposed array.
     """
     source = source.astype(target.dtype, copy=False)
-    if target.dtype.itemsize == 2:  # NumPy is slow at copying bfloat16, which it does not know
-        source, target = source.view(np.uint16), target.view(np.uint16)
+    if target.dtype.itemsize < 4:  # NumPy is slow at copying bfloat16 and float8, which it does not know
+        words = f"u{target.dtype.itemsize}"
+        source, target = source.view(words), target.view(words)
     rows, columns = source.shape
     for row in range(0, rows, TILE_ROWS):
         for column in range(0, columns, TILE_COLUMNS):

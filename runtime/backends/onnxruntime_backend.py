@@ -58,15 +58,24 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
     """
 
     def __init__(
-        self, sessions: Sequence[Any], *, max_batch: int | None, description: str, gathered_bytes: int = 0
+        self,
+        sessions: Sequence[Any],
+        *,
+        max_batch: int | None,
+        description: str,
+        gathered_bytes: int = 0,
+        more: Sequence[Sequence[str]] = (),
     ) -> None:
-        """gathered_bytes: what the graphs copy of experts' weights for each token of a call."""
+        """gathered_bytes: what the graphs copy of experts' weights for each token of a call. more: of each stage the
+        outputs that `_seen` is told of besides.
+        """
         self._ort = load_onnxruntime()
         self._sessions = tuple(sessions)
         self._inputs = [{item.name: item.shape for item in session.get_inputs()} for session in sessions]
         self._caches = [{name: shape for name, shape in each.items() if "past." in name} for each in self._inputs]
         self._takes_index = LOGIT_INDEX in self._inputs[-1]
         self._gathered_bytes = gathered_bytes
+        self._more = more or [()] * len(self._sessions)
         (logits,) = (output for output in sessions[-1].get_outputs() if output.name == LOGITS)
         self.vocab_size = logits.shape[2]
         self.capacity = next(iter(self._caches[0].values()))[2]
@@ -130,11 +139,17 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             # The result's shape changes; outputs of an earlier call would be written again.
             binding.clear_binding_outputs()
             binding.bind_output(result_name(number, len(self._sessions)))
+            for name in self._more[number]:
+                binding.bind_output(name)
             for name in self._caches[number]:
                 binding.bind_ortvalue_output(name.replace("past.", "present."), cache.values[name])
             session.run_with_iobinding(binding)
-            result = binding.get_outputs()[0]
+            result, *more = binding.get_outputs()[: 1 + len(self._more[number])]
+            self._seen(number, more)
         return result.numpy()
+
+    def _seen(self, stage: int, values: Sequence[Any]) -> None:
+        """Told of what a stage gave of its `more` outputs."""
 
 
 def bucketed(visible: int, capacity: int) -> int:
@@ -184,26 +199,39 @@ def open_graphs(
     dialect; what only TensorRT has is said in ONNX Runtime's words (`targets.portable_form`).
     """
     ort = load_onnxruntime()
-    options = ort.SessionOptions()
-    each = ranks // stages
     title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
+    each = ranks // stages
     title += f" in {stages} stages" if stages > 1 else ""
     title += " joined" if each > 1 else ""
     title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
     rewritten = target == "tensorrt"
     title += ", TensorRT's operators in portable form" if rewritten else ""
     as_files = each == 1 and precision == "float32" and not rewritten
-    if not as_files:
-        # Made in memory, so it has no place of its own: its weights are looked for from the artifact's folder.
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
     sessions: list[Any] = []
     for stage in range(stages):
-        source: Any = str(graph_path(folder, stage, stage))
-        if not as_files:
-            joined = merge_ranks(folder, stage=stage, ranks=range(stage * each, (stage + 1) * each))
-            source = as_float32(as_portable(joined)).SerializeToString()
-        sessions.append(open_session(source, options, folder))
+        if as_files:
+            sessions.append(open_session(str(graph_path(folder, stage, stage)), session_options(), folder))
+            continue
+        joined = merge_ranks(folder, stage=stage, ranks=range(stage * each, (stage + 1) * each))
+        sessions.append(open_joined(as_float32(as_portable(joined)).SerializeToString(), folder))
     return OnnxRuntimeBackend(sessions, max_batch=max_batch, description=title, gathered_bytes=gathered_bytes)
+
+
+def session_options() -> Any:
+    options = load_onnxruntime().SessionOptions()
+    # By default a product with few-bit weights rounds its other factor to 8 bits, without a word in the graph.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
+def open_joined(source: bytes, folder: Path) -> Any:
+    """A session over a graph made in memory, which has no place of its own: its weights are looked for from `folder`.
+
+    Raises ArchwrightError RUN016.
+    """
+    options = session_options()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
+    return open_session(source, options, folder)
 
 
 def open_session(source: str | bytes, options: Any, folder: Path) -> Any:

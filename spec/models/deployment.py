@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from archwright.spec.models.base import Node
+from archwright.spec.models.quantization import Quantize
 
 Degree = PositiveInt | Literal["auto"]
 
@@ -146,6 +147,8 @@ class Build(Node):
     moe: ExpertForm = DenseExperts(kind="dense")
     """How graphs compute mixtures of experts."""
     weights: Weights = ModelWeights(kind="model")
+    quantize: Quantize | None = None
+    """Matrices that are stored in fewer bits."""
     max_batch: PositiveInt = 8
     max_positions: PositiveInt | None = None
     """Length of the KV cache. Default: model.max_positions."""

@@ -100,7 +100,7 @@ def test_a_changed_fused_weight_is_found(built: Callable[[str, str], Path]) -> N
     name = "model.layers.0.self_attn.v_proj.weight"
     place = weights._places[1][name]
     with place.file.open("r+b") as file:
-        file.seek(place.offset + place.rows[0] * place.dtype.itemsize)  # of the first column, in which rows lie
+        file.seek(place.offset + place.rows[0] * place.stored.dtype.itemsize)  # of the first column, in which rows lie
         before = file.read(2)
         file.seek(-2, 1)
         file.write(b"\xc0\x7f")  # NaN

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from archwright.spec import SpecError, checks, engine_checks, load, mesh_checks, moe_checks
+from archwright.spec import SpecError, checks, engine_checks, load, mesh_checks, moe_checks, quantize_checks
 
 ATTENTION = "model.layer.attention"
 
@@ -24,6 +24,14 @@ LLAMA3 = {"kind": "llama3"}
 MOE = {"kind": "moe", "experts": 6, "hidden_size": 96}
 LAYER = {"attention": {"kind": "gqa", "heads": 4}, "ffn": {"kind": "gelu", "hidden_size": 96}}
 SECOND_RUN = "model.layers[1].layer.attention"
+RULES = "build.quantize.rules"
+WIDE = {"model.layer.ffn.hidden_size": 192, "build.parallel.tensor": 2}
+
+
+def quantize(*rules: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return {"build.quantize": {"rules": list(rules), **more}}
+
+
 CASES: dict[str, Case] = {
     "kv_heads_divide_heads": Case("SPEC020", {f"{ATTENTION}.kv_heads": 3}, {f"{ATTENTION}.kv_heads": 2}),
     "tensor_splits_heads": Case(
@@ -160,6 +168,49 @@ CASES: dict[str, Case] = {
         {f"{ATTENTION}.position.scaling": {**LLAMA3, "factor": 0.5}},
         {f"{ATTENTION}.position.scaling.factor": 1},
     ),
+    "rules_match": Case("SPEC060", quantize({"kind": "int8", "match": "*.fc1"}), {f"{RULES}[0].match": "*.up_proj"}),
+    "rules_match_the_tied_head": Case(
+        "SPEC060", quantize({"kind": "int8", "match": "lm_head"}), {f"{RULES}[0].match": "model.embed_tokens"}
+    ),
+    "narrow_rules_come_first": Case(
+        "SPEC060",
+        quantize({"kind": "int8"}, {"kind": "keep", "match": "*.o_proj"}),
+        {RULES: [{"kind": "keep", "match": "*.o_proj"}, {"kind": "int8"}]},
+    ),
+    "groups_divide_columns": Case(
+        "SPEC061", {**WIDE, **quantize({"kind": "int4", "group_size": 64})}, {f"{RULES}[0].group_size": 32}
+    ),
+    "groups_divide_no_columns": Case(
+        "SPEC061",
+        quantize({"kind": "int4", "group_size": 32, "match": "*.down_proj"}),
+        {f"{RULES}[0]": {"kind": "int8", "match": "*.down_proj"}},
+    ),
+    "awq_has_a_place": Case(
+        "SPEC062",
+        {"model.layer.ffn": {"kind": "gelu", "hidden_size": 192}}
+        | quantize({"kind": "int4", "group_size": 64, "method": "awq"}),
+        {
+            RULES: [
+                {"kind": "int4", "group_size": 64, "match": "*.mlp.fc2"},
+                {"kind": "int4", "group_size": 64, "method": "awq"},
+            ]
+        },
+    ),
+    "fp8_is_linear": Case(
+        "SPEC063",
+        quantize({"kind": "fp8", "match": "*"}),
+        {RULES: [{"kind": "int8", "match": "model.embed_tokens"}, {"kind": "fp8", "match": "*"}]},
+    ),
+    "limit_is_measured": Case(
+        "SPEC064",
+        quantize({"kind": "int8"}, limit={"kl": 0.1}),
+        {"build.quantize.calibration": {"path": "tokens.npy"}},
+    ),
+    "samples_fit_positions": Case(
+        "SPEC065",
+        quantize({"kind": "int8"}, calibration={"path": "tokens.npy", "sequence_length": 513}),
+        {"build.quantize.calibration.sequence_length": 512},
+    ),
 }
 
 
@@ -175,7 +226,7 @@ def test_rule(name: str, golden: Callable[[str, str], None]):
 
 
 def test_every_rule_has_a_case():
-    files = (checks, mesh_checks, moe_checks, engine_checks)
+    files = (checks, mesh_checks, moe_checks, engine_checks, quantize_checks)
     written = {code for file in files for code in re.findall(r"SPEC\d{3}", Path(file.__file__).read_text())}
     assert written == {case.code for case in CASES.values()}
 

@@ -59,8 +59,9 @@ class _Channels:
 
 @dataclass(kw_only=True)
 class OnnxruntimeOps(LengthOps):
-    """`OnnxOps` with ONNX Runtime's own attention and norms. Weight-only quantized matrices belong into `linear`."""
+    """`OnnxOps` with ONNX Runtime's own attention and norms, and its own products with matrices of 4 bits."""
 
+    matmul_nbits = True
     _heads: dict[ir.Value, _Heads] = field(default_factory=dict[ir.Value, _Heads])
     _channels: dict[ir.Value, _Channels] = field(default_factory=dict[ir.Value, _Channels])
     _written: dict[ir.Value, tuple[str, _Heads]] = field(default_factory=dict[ir.Value, tuple[str, _Heads]])

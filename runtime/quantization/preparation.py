@@ -1,0 +1,98 @@
+"""A model's weights → those of its quantized build, calibrated, with what they lose."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from archwright.compiler.ir import Program
+from archwright.compiler.passes import build_program, lower
+from archwright.compiler.passes.quantize import INPUT_SCALE
+from archwright.compiler.weights.awq import Scales, find_scales, folds
+from archwright.compiler.weights.quantized import LARGEST, built_weights
+from archwright.compiler.weights.streaming import Weights
+from archwright.runtime.quantization.calibration import Statistics, calibrate, state_folder
+from archwright.runtime.quantization.quality import Quality, check_quality, measure
+from archwright.runtime.quantization.tokens import Tokens, read_tokens
+from archwright.spec import ArchwrightError, Spec
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """weights: of what is built. quality: None without calibration tokens.
+
+    exponents: path of a matrix → how strongly AWQ scaled its inputs by their mean magnitudes; 0 is not at all.
+    """
+
+    weights: Weights
+    quality: Quality | None = None
+    exponents: dict[str, float] = field(default_factory=dict[str, float])
+
+
+def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progress: Progress) -> Prepared:
+    """Quantize as `build.quantize` says. tokenizer: folder of the model's. out: beside it lies an unfinished state.
+
+    Raises ArchwrightError BUILD060 where calibration is needed and not given, BUILD062 where its tokens do not serve,
+    BUILD063 where the quality is beyond the limit.
+    """
+    chosen = spec.build.quantize
+    if chosen is None:
+        return Prepared(weights=base)
+    program, quantized = lower(spec), build_program(spec)
+    all_folds = folds(quantized, chosen)
+    rounded = _rounded_inputs(quantized)
+    if chosen.calibration is None:
+        if all_folds or rounded:
+            raise ArchwrightError(
+                "BUILD060",
+                f"`{'method: awq' if all_folds else 'kind: fp8'}` needs calibration tokens",
+                where="build.quantize",
+                help="add build.quantize.calibration: {path: ...}, or use kind: int8, or int4 with method: rtn",
+            )
+        return Prepared(weights=built_weights(spec, base))
+    tokens = read_tokens(chosen.calibration, vocab_size=spec.model.vocab_size, tokenizer=tokenizer)
+    paths = sorted({fold.readers[0] for fold in all_folds} | set(rounded))
+    found = calibrate(program, base, tokens.samples_NS, paths, state_folder(out), progress) if paths else {}
+    inputs, means = {p: s.sampled_TD for p, s in found.items()}, {p: s.mean_D for p, s in found.items()}
+    precision = spec.build.precision
+    scales = find_scales(all_folds, quantized, base, inputs, means, precision=precision, progress=progress)
+    scaled = scales.apply(base)
+    weights = built_weights(spec, scaled, _input_scales(rounded, found, scales))
+    quality = _judged(spec, base, quantized, weights, tokens, progress)
+    shutil.rmtree(state_folder(out), ignore_errors=True)
+    return Prepared(weights=weights, quality=quality, exponents=scales.exponents)
+
+
+def _judged(
+    spec: Spec, base: Weights, quantized: Program, weights: Weights, tokens: Tokens, progress: Progress
+) -> Quality:
+    quality = measure(lower(spec), base, quantized, weights, tokens.evaluation_NS, progress)
+    assert spec.build.quantize is not None
+    check_quality(quality, spec.build.quantize.limit)
+    return quality
+
+
+def _rounded_inputs(program: Program) -> list[str]:
+    """Paths of the matrices whose inputs are rounded to 8-bit floats."""
+    return [name.rpartition(".")[0] for name in program.params() if name.rpartition(".")[2] == INPUT_SCALE]
+
+
+def _input_scales(paths: list[str], found: dict[str, Statistics], scales: Scales) -> dict[str, float]:
+    """Name of the scale → value: the largest magnitude that calibration saw becomes the type's largest value."""
+    values: dict[str, float] = {}
+    for path in paths:
+        largest_D = found[path].largest_D / scales.columns.get(f"{path}.weight", np.float32(1))
+        values[f"{path}.{INPUT_SCALE}"] = max(float(largest_D.max()), 1e-6) / LARGEST["float8"]
+    return values
+
+
+def quantization_measured(prepared: Prepared, seconds: float) -> dict[str, Any]:
+    """What the manifest says of a quantized build; nothing of another one."""
+    if prepared.quality is None:
+        return {}
+    return {"quality": prepared.quality.as_json(), "awq_exponents": prepared.exponents, "prepare_s": seconds}
