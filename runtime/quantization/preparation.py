@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,10 +14,12 @@ from archwright.compiler.passes.quantize import INPUT_SCALE
 from archwright.compiler.weights.awq import Scales, find_scales, folds
 from archwright.compiler.weights.quantized import LARGEST, built_weights
 from archwright.compiler.weights.streaming import Weights
-from archwright.runtime.quantization.calibration import Statistics, calibrate, state_folder
-from archwright.runtime.quantization.quality import Quality, check_quality, measure
+from archwright.runtime.quantization.quality import Quality, check_quality
 from archwright.runtime.quantization.tokens import Tokens, read_tokens
 from archwright.spec import ArchwrightError, Spec
+
+if TYPE_CHECKING:
+    from archwright.runtime.quantization.calibration import Statistics
 
 Progress = Callable[[str], None]
 
@@ -55,6 +57,9 @@ def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progre
                 help="add build.quantize.calibration: {path: ...}, or use kind: int8, or int4 with method: rtn",
             )
         return Prepared(weights=built_weights(spec, base))
+    # Only what runs the model needs PyTorch: without calibration an artifact is written where it is not installed.
+    from archwright.runtime.quantization.calibration import calibrate, state_folder
+
     tokens = read_tokens(chosen.calibration, vocab_size=spec.model.vocab_size, tokenizer=tokenizer)
     paths = sorted({fold.readers[0] for fold in all_folds} | set(rounded))
     found = calibrate(program, base, tokens.samples_NS, paths, state_folder(out), progress) if paths else {}
@@ -71,6 +76,8 @@ def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progre
 def _judged(
     spec: Spec, base: Weights, quantized: Program, weights: Weights, tokens: Tokens, progress: Progress
 ) -> Quality:
+    from archwright.runtime.quantization.measuring import measure
+
     quality = measure(lower(spec), base, quantized, weights, tokens.evaluation_NS, progress)
     assert spec.build.quantize is not None
     check_quality(quality, spec.build.quantize.limit)
@@ -82,7 +89,7 @@ def _rounded_inputs(program: Program) -> list[str]:
     return [name.rpartition(".")[0] for name in program.params() if name.rpartition(".")[2] == INPUT_SCALE]
 
 
-def _input_scales(paths: list[str], found: dict[str, Statistics], scales: Scales) -> dict[str, float]:
+def _input_scales(paths: list[str], found: dict[str, "Statistics"], scales: Scales) -> dict[str, float]:
     """Name of the scale → value: the largest magnitude that calibration saw becomes the type's largest value."""
     values: dict[str, float] = {}
     for path in paths:

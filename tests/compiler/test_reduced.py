@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from archwright.compiler.passes import degrees_of, lower, run_passes
+from archwright.compiler.passes import build_plan, degrees_of, lower, run_passes
 from archwright.compiler.reduced import reduced
 from archwright.spec import Spec, dump, load
 
@@ -97,3 +97,23 @@ def test_experts_are_as_many_as_the_degree_divides() -> None:
     small = reduced(load("preset:tiny", {"model.layer.ffn": moe, "build.parallel.expert": 3}))
     ffn = small.model.runs[0].layer.ffn
     assert ffn.kind == "moe" and ffn.experts == 6
+
+
+@pytest.mark.parametrize("degree", [1, 2])
+def test_groups_stay_whole(tmp_path: Path, degree: int) -> None:
+    """Heads of 64 in groups of 128: one key/value head a rank would be half a group."""
+    attention = {"model.layer.attention.heads": 32, "model.layer.attention.kv_heads": 32}
+    sizes = {"model.layer.attention.head_dim": 64, "model.layer.ffn.hidden_size": 8192, "model.hidden_size": 2048}
+    rules = [{"kind": "int8", "match": "model.layers.9.*"}, {"kind": "int4", "group_size": 128}]
+    spec = load(
+        "preset:tiny",
+        attention
+        | sizes
+        | {"model.layers": 12, "build.quantize": {"rules": rules}, "build.parallel.tensor": degree, "train": None},
+    )
+    small = reduced(spec)
+    assert small == load_again(small, tmp_path)
+    assert small.model.runs[0].layer.attention.heads == 2 * degree
+    assert small.build.quantize is not None and len(small.build.quantize.rules) == 1
+    scale = build_plan(small).local.params()["model.layers.0.self_attn.o_proj.weight_scale"]
+    assert scale.shape == (512, 1)
