@@ -19,7 +19,7 @@ from archwright.runtime.backends.exposing import ExposingBackend
 Array = NDArray[Any]
 
 PROMPT = 24
-DECODE_STEPS = 16
+DECODE_STEPS = 64
 ROWS = 3
 END_TOKENS = 8
 
@@ -89,9 +89,10 @@ class _Oracle:
         return run_numpy(self.program, self._arrays, ids_BT, ops=self._ops(None, rounded))
 
     def cached(self, ids_BS: Array, step: Step[Array], capacity: int) -> Array:
-        """Logits of one call with an empty cache."""
+        """Logits of the last tokens that a cache has room for, the others being zeros."""
         cache = make_cache(self.program, batch=len(ids_BS), positions=capacity)
-        rounded = [] if self._backend is None else self._backend.rounded.calls[-1][1]
+        rounded = [] if self._backend is None else self._backend.rounded.gathered(capacity)
+        rounded = [values_BTD[:, capacity - ids_BS.shape[1] :] for values_BTD in rounded]
         return run_numpy(self.program, self._arrays, ids_BS, step=step, ops=self._ops(cache, rounded))
 
     def _ops(self, cache: dict[tuple[str, str], Array] | None, rounded: list[Array]) -> NumpyOps:
@@ -117,12 +118,24 @@ def _prefill_and_decode(backend: AnyBackend, ids_BT: Array, oracle: _Oracle, exp
     if oracle.follows:
         expected_BTV = oracle.whole(ids_BT)
     expected = [expected_BTV[row_B, lengths_B - 1 + step] for step in range(steps + 1)]
+    found_TBV, wanted_TBV = np.stack(actual), np.stack(expected)
     return Comparison(
         name="prefill and decode",
-        error=largest_error(np.stack(actual), np.stack(expected)),
+        error=largest_error(found_TBV, wanted_TBV),
         tolerance=oracle.tolerance,
-        detail=f"prompts of {', '.join(map(str, lengths_B))} tokens, {steps} steps",
+        detail=f"prompts of {', '.join(map(str, lengths_B))} tokens, {steps} steps, {_greedy(found_TBV, wanted_TBV)}",
     )
+
+
+def _greedy(found_TBV: Array, wanted_TBV: Array) -> str:
+    """Whether the tokens with the largest logits are the oracle's, and by how little those that are not were chosen."""
+    found_TB, wanted_TB = found_TBV.argmax(-1), wanted_TBV.argmax(-1)
+    others = np.nonzero(found_TB != wanted_TB)
+    if not others[0].size:
+        return "greedy tokens equal"
+    margin = wanted_TBV[(*others, wanted_TB[others])] - wanted_TBV[(*others, found_TB[others])]
+    share = margin.max() / np.abs(wanted_TBV).max()
+    return f"{others[0].size} of {found_TB.size} greedy tokens differ, by {share:.1e} of the largest logit at most"
 
 
 def _end_of_cache(backend: AnyBackend, oracle: _Oracle) -> Comparison:

@@ -25,22 +25,37 @@ ROUNDED = "/round_to_float8"
 """The end of the names of the nodes that give rounded values."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class RoundedCall:
+    """What one call rounded. index_B: of the token of each row that graphs of one token's logits end with."""
+
+    positions_BS: Ids
+    index_B: Ids
+    values: list[Array] = field(default_factory=list[Array])
+
+    def positions_of(self, values: Array) -> Ids:
+        """Where the tokens of [B, T, D] stand: all of the call, or of each row the one whose logits are wanted."""
+        if values.shape[1] == self.positions_BS.shape[1]:
+            return self.positions_BS
+        return np.take_along_axis(self.positions_BS, self.index_B[:, None], axis=1)
+
+
 @dataclass
 class RoundedValues:
     """What each rounding gave, by the place of its token: values of op i [B, T, D], NaN where no call had the token."""
 
-    calls: list[tuple[Ids, list[Array]]] = field(default_factory=list[tuple[Ids, list[Array]]])
+    calls: list[RoundedCall] = field(default_factory=list[RoundedCall])
 
     def gathered(self, length: int) -> list[Array]:
         """One array for each rounding of the Program, in its order; a later call replaces an earlier one."""
-        positions_BS, values = self.calls[0]
-        batch = len(positions_BS)
-        found = [np.full((batch, length, array.shape[-1]), np.nan) for array in values]
-        for positions_BS, values in self.calls:
-            rows_B1 = np.arange(batch)[:, None]
-            for target, array in zip(found, values, strict=True):
-                kept = positions_BS < length
-                target[np.broadcast_to(rows_B1, positions_BS.shape)[kept], positions_BS[kept]] = array[kept]
+        first = self.calls[0].values
+        found = [np.full((len(array), length, array.shape[-1]), np.nan) for array in first]
+        for call in self.calls:
+            for target, array in zip(found, call.values, strict=True):
+                positions_BT = call.positions_of(array)
+                rows_BT = np.broadcast_to(np.arange(len(array))[:, None], positions_BT.shape)
+                kept = positions_BT < length
+                target[rows_BT[kept], positions_BT[kept]] = array[kept]
         return found
 
 
@@ -78,14 +93,14 @@ class ExposingBackend(OnnxRuntimeBackend):
     def _run(
         self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
     ) -> Logits:
-        self.rounded.calls.append((np.array(positions_BS), []))
+        self.rounded.calls.append(RoundedCall(positions_BS=np.array(positions_BS), index_B=np.array(index_B)))
         return super()._run(cache, ids_BS, positions_BS, write_index_B, visible, index_B)
 
     def _seen(self, stage: int, values: Sequence[Any]) -> None:
         arrays, widths = [value.numpy() for value in values], self._widths[stage]
         each = len(arrays) // max(1, len(widths))
         parts = [arrays[start : start + each] for start in range(0, len(arrays), each or 1)]
-        self.rounded.calls[-1][1].extend(map(_whole, parts, widths))
+        self.rounded.calls[-1].values.extend(map(_whole, parts, widths))
 
 
 def _whole(parts: list[Array], width: int) -> Array:
