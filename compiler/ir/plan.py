@@ -35,7 +35,7 @@ class Degrees:
 
     @property
     def data(self) -> int:
-        """Ranks that see different sequences."""
+        """Ranks that see different sequences in training. In a deployment all of a stage see the same."""
         return self.data_replicate * self.expert * self.data_shard
 
     @property

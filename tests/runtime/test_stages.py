@@ -144,3 +144,15 @@ def test_a_graph_in_the_place_of_another_stage_is_found(staged: Path, tmp_path: 
     (path / "rank2" / "stage1.onnx").rename(path / "rank2" / "stage0.onnx")
     problems = " ".join(verify(path).problems())
     assert "rank2/stage1.onnx" in problems and not verify(path).ok
+
+
+@pytest.mark.heavy
+def test_every_rank_gets_the_engine_of_its_stage(deep_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install archwright[tensorrt-rtx]"
+    )
+    assert build(deep_model, tmp_path / "out", "engine", STAGES).ok
+    engines = {path.relative_to(tmp_path / "out").as_posix() for path in tmp_path.rglob("*.engine")}
+    assert engines == {f"rank{rank}/stage{rank // 2}.engine" for rank in range(4)}
+    layers = json.loads((tmp_path / "out" / "manifest.json").read_text())["details"]["engines"]
+    assert [layers[name]["layers"]["ATTENTION_INPUT"] for name in sorted(layers)] == [3, 3, 1, 1]
