@@ -37,16 +37,18 @@ STACK = [
     {"layer": {"attention": attention(12), "ffn": FFN}},
 ]
 MIXED = {"model.layers": STACK, "model.layer": None}
-TARGETS = ("portable", "tensorrt", "onnxruntime")
+ONE = {}
+TWO = {"build.parallel.tensor": 2, "build.precision": "bfloat16", "build.fuse": "all"}
+FOUR = {"build.parallel.tensor": 4, "build.precision": "float16", "build.fuse": "all"}
 BUILDS: dict[str, dict[str, Any]] = {
-    "one rank, float32": {},
-    "two ranks, bfloat16, all fused": {
-        "build.parallel.tensor": 2, "build.precision": "bfloat16", "build.fuse": "all"
-    },
-    "four ranks, float16, all fused": {
-        "build.parallel.tensor": 4, "build.precision": "float16", "build.fuse": "all"
-    },
-}  # fmt: skip
+    "portable, two ranks, bfloat16, fused": TWO,
+    "tensorrt, one rank, float32": ONE,
+    "tensorrt, four ranks, float16, fused": FOUR,
+    "onnxruntime, one rank, float32": ONE,
+    "onnxruntime, two ranks, bfloat16, fused": TWO,
+}
+SINGLE, HALF = ("tensorrt, one rank, float32", "onnxruntime, one rank, float32"), "tensorrt, four ranks, float16, fused"
+OWN_HALF = "onnxruntime, two ranks, bfloat16, fused"
 
 
 @pytest.fixture(scope="module")
@@ -55,48 +57,46 @@ def mixed(write_model: Callable[..., Path]) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(mixed: Path, build_artifact: Callable[..., Path]) -> Callable[[str, str], Path]:
-    """(target, one of BUILDS) → an artifact, made once."""
-    made: dict[tuple[str, str], Path] = {}
+def built(mixed: Path, build_artifact: Callable[..., Path]) -> Callable[[str], Path]:
+    """One of BUILDS → an artifact, made once."""
+    made: dict[str, Path] = {}
 
-    def get(target: str, name: str) -> Path:
-        if (target, name) not in made:
-            made[target, name] = build_artifact(mixed, {"build.target": target} | BUILDS[name])
-        return made[target, name]
+    def get(name: str) -> Path:
+        if name not in made:
+            made[name] = build_artifact(mixed, {"build.target": name.partition(",")[0]} | BUILDS[name])
+        return made[name]
 
     return get
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", BUILDS)
 def test_an_artifact_is_verified_and_bisected(
-    built: Callable[[str, str], Path], target: str, name: str, capsys: pytest.CaptureFixture[str]
+    built: Callable[[str], Path], name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = built(target, name)
+    path = built(name)
     assert main(["verify", str(path), "--output-format", "json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     details = [check["detail"] for check in checks if check["code"] == "VERIFY007"]
     assert len(details) == 3
-    assert all(("in portable form" in detail) is (target == "tensorrt") for detail in details)
+    assert all(("in portable form" in detail) is name.startswith("tensorrt") for detail in details)
     found = bisect(path)
     assert found.ok, found.as_text()
     assert found.num_compared > found.num_operations
 
 
-@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", BUILDS)
 def test_the_ranks_hold_the_models_weights_under_their_canonical_names(
-    built: Callable[[str, str], Path], mixed: Path, target: str, name: str
+    built: Callable[[str], Path], mixed: Path, name: str
 ) -> None:
-    held, source = RankWeights(open_artifact(built(target, name))), SafetensorsWeights(mixed)
+    held, source = RankWeights(open_artifact(built(name))), SafetensorsWeights(mixed)
     assert set(held.names()) == set(source.names())
     for each in held.names():
         whole = held.read(each)
         assert whole.tobytes() == source.read(each).astype(whole.dtype).tobytes(), each
 
 
-def test_a_changed_fused_weight_is_found(built: Callable[[str, str], Path]) -> None:
-    weights = RankWeights(open_artifact(built("onnxruntime", "two ranks, bfloat16, all fused")))
+def test_a_changed_fused_weight_is_found(built: Callable[[str], Path]) -> None:
+    weights = RankWeights(open_artifact(built(OWN_HALF)))
     name = "model.layers.0.self_attn.v_proj.weight"
     place = weights._places[1][name]
     with place.file.open("r+b") as file:
@@ -111,18 +111,18 @@ def test_a_changed_fused_weight_is_found(built: Callable[[str, str], Path]) -> N
     assert found == [f"rank1: its part of `{name}` is not finite"]
 
 
-def test_dialects_answer_alike(built: Callable[[str, str], Path], mixed: Path) -> None:
+def test_dialects_answer_alike(built: Callable[[str], Path], mixed: Path) -> None:
     prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
     expected = [answer.tokens for answer in open_model(mixed).generate(prompts, max_tokens=12)]
-    for target in TARGETS:
-        model = open_model(built(target, "one rank, float32"))
-        assert [answer.tokens for answer in model.generate(prompts, max_tokens=12)] == expected, target
+    for name in SINGLE:
+        model = open_model(built(name))
+        assert [answer.tokens for answer in model.generate(prompts, max_tokens=12)] == expected, name
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_prompts_in_pieces_at_uneven_places(built: Callable[[str, str], Path], target: str) -> None:
+@pytest.mark.parametrize("name", BUILDS)
+def test_prompts_in_pieces_at_uneven_places(built: Callable[[str], Path], name: str) -> None:
     """Each row's pieces of 1, 7, 3 and 5 tokens behind its own prompt give what whole sequences give."""
-    backend = open_model(built(target, "one rank, float32")).backend
+    backend = open_model(built(name)).backend
     assert isinstance(backend, OnnxRuntimeBackend)
     ids_BS = np.random.default_rng(0).integers(0, 400, (3, 40))
     expected_BSV, starts_B = backend.whole(ids_BS), np.array([0, 9, 24])
@@ -141,22 +141,19 @@ def test_prompts_in_pieces_at_uneven_places(built: Callable[[str, str], Path], t
 
 
 def test_inspect_says_which_layers_are_portable(
-    built: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
+    built: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def layers(target: str, name: str) -> dict[str, str]:
-        assert main(["inspect", str(built(target, name)), "--output-format", "json"]) == 0
+    def layers(name: str) -> dict[str, str]:
+        assert main(["inspect", str(built(name)), "--output-format", "json"]) == 0
         facts = json.loads(capsys.readouterr().out)
-        assert (
-            facts["target"] == target
-            and facts["portable_layers"] == read_manifest(built(target, name)).details["portable_layers"]
-        )
+        assert facts["target"] == name.partition(",")[0]
+        assert facts["portable_layers"] == read_manifest(built(name)).details["portable_layers"]
         return {path.split(".")[2]: reason for path, reason in facts["portable_layers"].items()}
 
-    single, half = "one rank, float32", "two ranks, bfloat16, all fused"
-    assert layers("portable", single) == {}
-    assert {number: reason.split()[1] for number, reason in layers("tensorrt", single).items()} == {"1": "window"}
-    assert set(layers("tensorrt", half)) == {"1", "3"}
-    assert "not 12" in layers("onnxruntime", half)["3"] and len(layers("onnxruntime", half)) == 1
+    assert layers("portable, two ranks, bfloat16, fused") == {}
+    assert {number: reason.split()[1] for number, reason in layers(SINGLE[0]).items()} == {"1": "window"}
+    assert set(layers(HALF)) == {"1", "3"}
+    assert "not 12" in layers(OWN_HALF)["3"] and len(layers(OWN_HALF)) == 1
 
 
 def test_tensorrt_gets_no_graph_that_only_onnx_runtime_reads(mixed: Path, tmp_path: Path) -> None:

@@ -130,18 +130,23 @@ class OnnxruntimeOps(LengthOps):
         self, values: Sequence[_Heads], heads: tuple[int, int, int], *, turned: bool, step: Step[Tensor]
     ) -> list[Tensor | None]:
         """q, k, v as the operator takes them: [B, S, heads · H] each, or one value that holds them side by side."""
-        untouched = turned or all(value.table is None for value in values)
-        parts = [self._channels.get(value.flat.value) for value in values]
-        if untouched and all(part is not None for part in parts):
-            wholes, ends = {part.whole.value for part in parts if part}, [0, *(part.stop for part in parts if part)]
-            whole = parts[0].whole if parts[0] else None
-            if len(wholes) == 1 and whole and [part.start for part in parts if part] == ends[:-1]:
-                if ends[-1] == whole.shape[-1]:
-                    return [whole, None, None]
+        if turned or all(value.table is None for value in values):
+            whole = self._side_by_side(values)
+            if whole is not None:
+                return [whole, None, None]
         return [
             value.flat if turned or value.table is None else self._turn(value.flat, value.table, number, step)
             for value, number in zip(values, heads, strict=True)
         ]
+
+    def _side_by_side(self, values: Sequence[_Heads]) -> Tensor | None:
+        """The value whose channels are q's, k's and v's, in this order and no others; None where there is none."""
+        whole, end = None, 0
+        for part in (self._channels.get(value.flat.value) for value in values):
+            if part is None or part.start != end or (whole is not None and part.whole.value is not whole.value):
+                return None
+            whole, end = part.whole, part.stop
+        return whole if whole is not None and end == whole.shape[-1] else None
 
     def _turn(self, x: Tensor, table: RopeTable, heads: int, step: Step[Tensor]) -> Tensor:
         """The rotation of [B, S, heads · H], in float32."""

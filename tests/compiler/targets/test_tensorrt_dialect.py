@@ -18,7 +18,6 @@ from tests.compiler.targets.test_tensorrt_coverage import small
 
 COVERING = [
     ("preset:llama3.1-8b", "bfloat16", 2, "auto"),
-    ("preset:llama3.2-1b", "float16", 1, "all"),
     ("preset:mixtral-8x7b", "bfloat16", 4, "all"),
     ("gpt-2", "float32", 1, "none"),
     ("qkv biases, window", "float16", 2, "all"),
