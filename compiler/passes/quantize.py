@@ -33,6 +33,16 @@ def quantize(program: Program, chosen: Quantize | None) -> Program:
     return replace(program, segments=segments)
 
 
+def calibrated_by(chosen: Quantize | None) -> str | None:
+    """What in the rules needs calibration tokens, as the spec writes it; None where nothing does."""
+    for rule in chosen.rules if chosen else ():
+        if rule.kind == "fp8":
+            return "kind: fp8"
+        if rule.kind == "int4" and rule.method == "awq":
+            return "method: awq"
+    return None
+
+
 def num_weights(program: Program) -> int:
     """Parameters without the scales that quantization added: as many as the model has."""
     params = program.params()

@@ -10,7 +10,7 @@ import numpy as np
 
 from archwright.compiler.ir import Program
 from archwright.compiler.passes import build_program, lower
-from archwright.compiler.passes.quantize import INPUT_SCALE
+from archwright.compiler.passes.quantize import INPUT_SCALE, calibrated_by
 from archwright.compiler.weights.awq import Scales, find_scales, folds
 from archwright.compiler.weights.quantized import LARGEST, built_weights
 from archwright.compiler.weights.streaming import Weights
@@ -49,10 +49,10 @@ def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progre
     all_folds = folds(quantized, chosen)
     rounded = _rounded_inputs(quantized)
     if chosen.calibration is None:
-        if all_folds or rounded:
+        if (needed := calibrated_by(chosen)) is not None:
             raise ArchwrightError(
                 "BUILD060",
-                f"`{'method: awq' if all_folds else 'kind: fp8'}` needs calibration tokens",
+                f"`{needed}` needs calibration tokens",
                 where="build.quantize",
                 help="add build.quantize.calibration: {path: ...}, or use kind: int8, or int4 with method: rtn",
             )
