@@ -69,7 +69,8 @@ def _quantized(block: Block, rule: QuantizeRule) -> Block:
             values |= _pair(name, values[name], rule)
         return QuantExperts(**values)
     if isinstance(block, Embedding):
-        return QuantEmbedding(**values | _pair("weight", block.weight, rule))
+        values |= _pair("weight", block.weight, rule)
+        return QuantEmbedding(**values)
     if not isinstance(block, Linear | Head) or "router" in block.weight.axes:
         return block
     values |= _pair("weight", block.weight, rule)
