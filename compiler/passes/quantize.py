@@ -63,6 +63,8 @@ def _visit(block: Block, path: str, rule: Callable[[str], QuantizeRule | None]) 
 
 
 def _quantized(block: Block, rule: QuantizeRule) -> Block:
+    if isinstance(block, Linear | Head | Embedding) and block.weight.axes[0] in ("router", "positions"):
+        return block  # as `spec.quantization.matrices` says
     values: dict[str, Any] = {f.name: getattr(block, f.name) for f in fields(block)}
     if isinstance(block, Experts):
         for name in ("gate_proj", "up_proj", "down_proj"):
@@ -71,7 +73,7 @@ def _quantized(block: Block, rule: QuantizeRule) -> Block:
     if isinstance(block, Embedding):
         values |= _pair("weight", block.weight, rule)
         return QuantEmbedding(**values)
-    if not isinstance(block, Linear | Head) or "router" in block.weight.axes:
+    if not isinstance(block, Linear | Head):
         return block
     values |= _pair("weight", block.weight, rule)
     if rule.kind == "fp8":
