@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from archwright.compiler.passes import build_plan, lower
+from archwright.compiler.passes.quantize import calibrated_by
 from archwright.compiler.targets import onnx_graph
 from archwright.compiler.targets.stages import graph_options
 from archwright.compiler.weights.folder import open_folder
@@ -18,7 +19,8 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
     cache length are those of the `build` section. Nothing is run or verified; `archwright build` does that. Needs no
     torch.
     write_weights: False writes the graphs alone.
-    Raises ArchwrightError BUILD006 where a spec has weights to come from a model, and what opening a folder raises.
+    Raises ArchwrightError BUILD006 where a spec has weights to come from a model, BUILD060 where they would have to be
+    calibrated, which runs the model, and what opening a folder raises.
     """
     weights: Weights | None = None
     if isinstance(source, Spec):
@@ -26,6 +28,10 @@ def export_graphs(source: Spec | str | Path, folder: str | Path, *, write_weight
     else:
         opened = open_folder(Path(source))
         spec, weights = opened.spec, opened.weights
+    needed = calibrated_by(spec.build.quantize)
+    if needed is not None and write_weights:
+        help = "use archwright.runtime.build, or write_weights=False for the graphs alone"
+        raise ArchwrightError("BUILD060", f"`{needed}` needs calibration, and nothing is run here", help=help)
     plan = build_plan(spec)
     chosen, precision = spec.build.weights, spec.build.precision
     if chosen.kind == "generated":

@@ -75,11 +75,10 @@ def build(
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     refuse_existing(out)  # before minutes of calibration
-    start = time.perf_counter()
     prepared = prepare(opened.spec, opened.weights, opened.tokenizer, out, reporter.say)
     opened = replace(opened, weights=prepared.weights)
     with atomic_folder(out) as folder:
-        prepared_s, start = time.perf_counter() - start, time.perf_counter()
+        start = time.perf_counter()
         artifact = Artifact(folder, spec)
         export = _write(artifact, opened, reporter.say)
         exported_s = time.perf_counter() - start
@@ -91,7 +90,7 @@ def build(
             "errors": dict(measurements(report.checks)),
             "export_s": exported_s,
             "verify_s": time.perf_counter() - start - exported_s,
-        } | quantization_measured(prepared, prepared_s)
+        } | quantization_measured(prepared)
         details = describe(artifact.spec) | {"toolchain": _versions()}
         if builder is not None:
             engines = build_engines(artifact, builder, reporter)

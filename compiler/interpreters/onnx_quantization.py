@@ -44,8 +44,8 @@ def pack(values: NDArray[Any], packing: Packing) -> NDArray[np.uint8]:
         flat = np.append(flat, np.uint8(0))
     if packing == "offset":
         flat = flat + np.uint8(OFFSET)
-    packed = flat[1::2] << 4
-    packed |= flat[::2] & 15
+    packed: NDArray[np.uint8] = np.left_shift(flat[1::2], np.uint8(4))
+    packed |= flat[::2] & np.uint8(15)
     return packed
 
 

@@ -33,6 +33,16 @@ def quantize(program: Program, chosen: Quantize | None) -> Program:
     return replace(program, segments=segments)
 
 
+def calibrated_by(chosen: Quantize | None) -> str | None:
+    """What in the rules needs calibration tokens, as the spec writes it; None where nothing does."""
+    for rule in chosen.rules if chosen else ():
+        if rule.kind == "fp8":
+            return "kind: fp8"
+        if rule.kind == "int4" and rule.method == "awq":
+            return "method: awq"
+    return None
+
+
 def num_weights(program: Program) -> int:
     """Parameters without the scales that quantization added: as many as the model has."""
     params = program.params()
@@ -53,14 +63,17 @@ def _visit(block: Block, path: str, rule: Callable[[str], QuantizeRule | None]) 
 
 
 def _quantized(block: Block, rule: QuantizeRule) -> Block:
+    if isinstance(block, Linear | Head | Embedding) and block.weight.axes[0] in ("router", "positions"):
+        return block  # as `spec.quantization.matrices` says
     values: dict[str, Any] = {f.name: getattr(block, f.name) for f in fields(block)}
     if isinstance(block, Experts):
         for name in ("gate_proj", "up_proj", "down_proj"):
             values |= _pair(name, values[name], rule)
         return QuantExperts(**values)
     if isinstance(block, Embedding):
-        return QuantEmbedding(**values | _pair("weight", block.weight, rule))
-    if not isinstance(block, Linear | Head) or "router" in block.weight.axes:
+        values |= _pair("weight", block.weight, rule)
+        return QuantEmbedding(**values)
+    if not isinstance(block, Linear | Head):
         return block
     values |= _pair("weight", block.weight, rule)
     if rule.kind == "fp8":

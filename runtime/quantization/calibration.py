@@ -9,6 +9,7 @@ N sequences, S tokens, D channels, T sampled tokens.
 import hashlib
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ class Statistics:
 
 def state_folder(out: Path) -> Path:
     """Where an unfinished calibration for the artifact `out` lies."""
+    out = Path(os.path.abspath(out))
     return out.with_name(f".{out.name}.calibration")
 
 

@@ -1,6 +1,7 @@
 """A model's weights → those of its quantized build, calibrated, with what they lose."""
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 
 from archwright.compiler.ir import Program
 from archwright.compiler.passes import build_program, lower
-from archwright.compiler.passes.quantize import INPUT_SCALE
+from archwright.compiler.passes.quantize import INPUT_SCALE, calibrated_by
 from archwright.compiler.weights.awq import Scales, find_scales, folds
 from archwright.compiler.weights.quantized import LARGEST, built_weights
 from archwright.compiler.weights.streaming import Weights
@@ -29,11 +30,13 @@ class Prepared:
     """weights: of what is built. quality: None without calibration tokens.
 
     exponents: path of a matrix → how strongly AWQ scaled its inputs by their mean magnitudes; 0 is not at all.
+    seconds: of calibrating and measuring.
     """
 
     weights: Weights
     quality: Quality | None = None
     exponents: dict[str, float] = field(default_factory=dict[str, float])
+    seconds: float = 0.0
 
 
 def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progress: Progress) -> Prepared:
@@ -49,10 +52,10 @@ def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progre
     all_folds = folds(quantized, chosen)
     rounded = _rounded_inputs(quantized)
     if chosen.calibration is None:
-        if all_folds or rounded:
+        if (needed := calibrated_by(chosen)) is not None:
             raise ArchwrightError(
                 "BUILD060",
-                f"`{'method: awq' if all_folds else 'kind: fp8'}` needs calibration tokens",
+                f"`{needed}` needs calibration tokens",
                 where="build.quantize",
                 help="add build.quantize.calibration: {path: ...}, or use kind: int8, or int4 with method: rtn",
             )
@@ -60,6 +63,7 @@ def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progre
     # Only what runs the model needs PyTorch: without calibration an artifact is written where it is not installed.
     from archwright.runtime.quantization.calibration import calibrate, state_folder
 
+    start = time.perf_counter()
     tokens = read_tokens(chosen.calibration, vocab_size=spec.model.vocab_size, tokenizer=tokenizer)
     paths = sorted({fold.readers[0] for fold in all_folds} | set(rounded))
     found = calibrate(program, base, tokens.samples_NS, paths, state_folder(out), progress) if paths else {}
@@ -68,9 +72,14 @@ def prepare(spec: Spec, base: Weights, tokenizer: Path | None, out: Path, progre
     scales = find_scales(all_folds, quantized, base, inputs, means, precision=precision, progress=progress)
     scaled = scales.apply(base)
     weights = built_weights(spec, scaled, _input_scales(rounded, found, scales))
-    quality = _judged(spec, base, quantized, weights, tokens, progress)
+    try:
+        quality = _judged(spec, base, quantized, weights, tokens, progress)
+    except ArchwrightError:  # refused: nothing stays; whoever was killed finds the calibration again
+        shutil.rmtree(state_folder(out), ignore_errors=True)
+        raise
     shutil.rmtree(state_folder(out), ignore_errors=True)
-    return Prepared(weights=weights, quality=quality, exponents=scales.exponents)
+    seconds = time.perf_counter() - start
+    return Prepared(weights=weights, quality=quality, exponents=scales.exponents, seconds=seconds)
 
 
 def _judged(
@@ -98,8 +107,8 @@ def _input_scales(paths: list[str], found: dict[str, "Statistics"], scales: Scal
     return values
 
 
-def quantization_measured(prepared: Prepared, seconds: float) -> dict[str, Any]:
+def quantization_measured(prepared: Prepared) -> dict[str, Any]:
     """What the manifest says of a quantized build; nothing of another one."""
     if prepared.quality is None:
         return {}
-    return {"quality": prepared.quality.as_json(), "awq_exponents": prepared.exponents, "prepare_s": seconds}
+    return {"quality": prepared.quality.as_json(), "awq_exponents": prepared.exponents, "prepare_s": prepared.seconds}

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
+from archwright.compiler import export_graphs
 from archwright.compiler.passes import build_program, lower
 from archwright.compiler.weights.folder import open_folder
 from archwright.runtime import build, open_model, verify
@@ -19,7 +20,7 @@ from archwright.runtime.quantization.calibration import calibrate, state_folder
 from archwright.runtime.quantization.quality import Quality
 from archwright.runtime.quantization.tokens import read_tokens
 from archwright.runtime.rank_weights import RankWeights
-from archwright.spec import ArchwrightError
+from archwright.spec import ArchwrightError, load
 from archwright.spec.models import Calibration
 from tests.runtime.quantization_models import markov, trained_model
 
@@ -105,7 +106,6 @@ def test_the_quality_is_that_of_what_the_artifact_computes(built: Callable[[str]
 
 
 def test_a_damaged_nibble_is_found(built: Callable[[str], tuple[Path, Quality]], tmp_path: Path) -> None:
-    """Of the part that both ranks must have alike nothing is packed here, so the hash finds it, and the source."""
     out = tmp_path / "damaged"
     shutil.copytree(built("awq")[0], out)
     data = out / "rank1" / "stage0.data"
@@ -116,7 +116,7 @@ def test_a_damaged_nibble_is_found(built: Callable[[str], tuple[Path, Quality]],
 
 
 def test_too_much_loss_is_refused(trained: Path, tmp_path: Path) -> None:
-    quantize = {"rules": RULES["rtn"], "calibration": calibrated(trained), "limit": {"kl": 1e-5, "perplexity": 1.0}}
+    quantize = {"rules": RULES["awq"], "calibration": calibrated(trained), "limit": {"kl": 1e-5, "perplexity": 1.0}}
     with pytest.raises(ArchwrightError, match="BUILD063") as error:
         build(trained, tmp_path / "out", overrides={"build.quantize": quantize})
     assert "the perplexity grows" in error.value.message and "the KL divergence is" in error.value.message
@@ -128,6 +128,18 @@ def test_too_much_loss_is_refused(trained: Path, tmp_path: Path) -> None:
 def test_calibration_is_asked_for(trained: Path, tmp_path: Path, name: str) -> None:
     with pytest.raises(ArchwrightError, match="BUILD060"):
         build(trained, tmp_path / "out", overrides={"build.quantize": {"rules": RULES[name]}})
+
+
+def test_an_export_alone_rounds_and_does_not_calibrate(tmp_path: Path) -> None:
+    sizes = {"model.layer.ffn.hidden_size": 64, "train": None, "tokenizer": None, "build.weights.kind": "generated"}
+    plain, scaled = (load("preset:tiny", sizes | {"build.quantize": {"rules": [rule]}}) for rule in (RTN, AWQ))
+    (graph,) = export_graphs(plain, tmp_path / "plain")
+    assert any(
+        t.data_type == onnx.TensorProto.INT4 for t in onnx.load(graph, load_external_data=False).graph.initializer
+    )
+    with pytest.raises(ArchwrightError, match="BUILD060"):
+        export_graphs(scaled, tmp_path / "scaled")
+    assert export_graphs(scaled, tmp_path / "scaled", write_weights=False)[0].is_file()
 
 
 def test_a_killed_calibration_goes_on_and_gives_the_same(
@@ -143,7 +155,7 @@ def test_a_killed_calibration_goes_on_and_gives_the_same(
         return original(program, weights, number)
 
     monkeypatch.setattr(calibration, "segment_module", killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):  # as Ctrl-C is; of a killed process the same is left
         build(trained, tmp_path / "again", overrides={"build.quantize": quantize})
     assert [path.name for path in tmp_path.iterdir() if path.name != "whole"] == [".again.calibration"]
 
@@ -231,13 +243,7 @@ def test_graphs_hold_few_bits(built: Callable[[str], tuple[Path, Quality]]) -> N
     weight = next(t for t in model.graph.initializer if t.name == "model.layers.0.mlp.down_proj.weight.T")
     assert weight.data_type == onnx.TensorProto.INT4 and list(weight.dims) == [64, 64]
     assert {e.key: e.value for e in weight.external_data}["length"] == str(64 * 64 // 2)
-    assert preparation._rounded_inputs(lower(open_folder_spec(out))) == []
-
-
-def open_folder_spec(out: Path) -> Any:
-    from archwright.spec import load
-
-    return load(out / "spec.yaml")
+    assert preparation._rounded_inputs(lower(load(out / "spec.yaml"))) == []
 
 
 def test_weights_come_back_from_an_artifact(built: Callable[[str], tuple[Path, Quality]], trained: Path) -> None:

@@ -12,6 +12,7 @@ from archwright.compiler.passes import build_plan, build_program, lower
 from archwright.compiler.weights.quantized import LARGEST, QuantizedWeights, as_float32, built_weights, dequantized
 from archwright.compiler.weights.streaming import GeneratedWeights
 from archwright.spec import ArchwrightError, Spec, load
+from archwright.spec.quantization import matrices
 from tests.parity.cases import TestWeights
 
 MODEL = {
@@ -144,3 +145,16 @@ def test_the_program_says_how_everything_is_stored() -> None:
     assert "model.layers.0.self_attn.v_proj.weight_scale" not in params
     assert params["model.layers.0.mlp.down_proj.weight_scale"].shape == (128, 4)
     assert params["model.embed_tokens.weight_scale"].shape == (65, 1)
+
+
+def test_what_the_language_names_is_what_is_quantized() -> None:
+    """Routers and learned positions are not, whatever a pattern matches."""
+    for model in (
+        {"model.positions": {"kind": "learned"}, "model.tied_embeddings": False},
+        {"model.layer.ffn": {"kind": "moe", "experts": 3, "hidden_size": 64, "shared": {"hidden_size": 64}}},
+    ):
+        spec = load("preset:tiny", MODEL | model | {"build.quantize": {"rules": [{"kind": "int8", "match": "*"}]}})
+        blocks = dict(build_program(spec).blocks())
+        stored = {path for path, block in blocks.items() if any(p.storage for p in block.params().values())}
+        tied = {"lm_head"} if spec.model.tied_embeddings else set[str]()
+        assert stored == {matrix.path for matrix in matrices(spec.model)} | tied
