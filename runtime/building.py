@@ -67,7 +67,7 @@ def build(
     tensorrt = load_tensorrt() if to == "engine" else None
     reporter = progress if isinstance(progress, Reporter) else Reporter(say=progress)
     opened = _open_source(source, overrides or {})
-    builder = None if tensorrt is None else engine_builder(opened.spec, tensorrt, reporter)
+    builder = None if tensorrt is None else engine_builder(Artifact(out, opened.spec), tensorrt, reporter)
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     with atomic_folder(out) as folder:

@@ -14,7 +14,6 @@ from archwright.runtime.artifact import Artifact
 from archwright.runtime.build_progress import Reporter
 from archwright.runtime.engines.probe import make_probe, write_probe
 from archwright.runtime.rank_weights import RankWeights
-from archwright.spec import Spec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +47,10 @@ def build_engines(artifact: Artifact, builder: EngineBuilder, reporter: Reporter
     )
 
 
-def engine_builder(spec: Spec, library: ModuleType, reporter: Reporter) -> EngineBuilder:
-    """Raises ArchwrightError BUILD034 where this library cannot build what the spec asks for."""
-    build = spec.build
-    profiles = default_profiles(build, build.max_positions or spec.model.max_positions)
+def engine_builder(artifact: Artifact, library: ModuleType, reporter: Reporter) -> EngineBuilder:
+    """Raises ArchwrightError BUILD034 where this library cannot build what the artifact's spec asks for."""
+    build = artifact.spec.build
+    profiles = default_profiles(build, artifact.capacity)
     return EngineBuilder(profiles=profiles, engine=build.engine, library=library, watch=reporter.watch)
 
 
