@@ -70,8 +70,7 @@ def build(
     opened = _open_source(source, overrides or {})
     if tensorrt is not None:
         _check_target(source, opened.spec)
-    spec = _artifact_spec(opened.spec)
-    builder = None if tensorrt is None else engine_builder(Artifact(out, spec), tensorrt, reporter)
+    builder = None if tensorrt is None else engine_builder(Artifact(out, opened.spec), tensorrt, reporter)
     if plan is not None:
         check_plan(plan, opened.spec, degrees_of(opened.spec.build.parallel), "inference")
     refuse_existing(out)  # before minutes of calibration
@@ -79,7 +78,7 @@ def build(
     opened = replace(opened, weights=prepared.weights)
     with atomic_folder(out) as folder:
         start = time.perf_counter()
-        artifact = Artifact(folder, spec)
+        artifact = Artifact(folder, _artifact_spec(opened.spec))
         export = _write(artifact, opened, reporter.say)
         exported_s = time.perf_counter() - start
         checks = tuple(content_checks(artifact, source=opened.weights, progress=reporter.say))

@@ -15,7 +15,7 @@ from archwright.runtime import open_model, verify
 from archwright.runtime.artifact import Artifact, open_artifact
 from archwright.runtime.backends import tensorrt_backend
 from archwright.runtime.engines.cuda import CudaDevice
-from archwright.runtime.engines.opening import Engines, check_machine, find_engines, read_engine
+from archwright.runtime.engines.opening import Engines, carries_host_code, check_machine, find_engines, read_engine
 from archwright.runtime.inspection import inspect_folder
 from archwright.spec import ArchwrightError, load
 from archwright.spec.manifest import MANIFEST, read_manifest
@@ -95,6 +95,11 @@ def test_what_was_built_to_be_compatible_runs_elsewhere(
     engines_of: Callable[..., Path], facts: Any, here: ModuleType, gpus: Any
 ) -> None:
     check_machine(found(engines_of(**facts)), here, gpus)
+
+
+def test_only_a_lean_runtime_is_code_for_the_host() -> None:
+    flags = (["VERSION_COMPATIBLE"], ["VERSION_COMPATIBLE", "EXCLUDE_LEAN_RUNTIME"], [])
+    assert [carries_host_code({"flags": each}) for each in flags] == [True, False, False]
 
 
 def test_a_changed_byte_is_never_deserialized(engines_of: Callable[..., Path]) -> None:
