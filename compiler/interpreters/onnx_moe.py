@@ -108,7 +108,12 @@ class OnnxMoe(ABC):
         return y_BSD if reduce is None else self.reduce(y_BSD, reduce)
 
     def _dense(
-        self, x_BSD: "Tensor", matrix_BSE1: "Tensor", gate_EFD: "Weight", up_EFD: "Weight", down_EDF: "Weight"
+        self,
+        x_BSD: "Tensor",
+        matrix_BSE1: "Tensor",
+        gate_EFD: "Weight | Dequantized",
+        up_EFD: "Weight | Dequantized",
+        down_EDF: "Weight | Dequantized",
     ) -> "Tensor":
         experts, inner, hidden = gate_EFD.param.shape
         joined = (*x_BSD.shape[:-1], experts * inner)
@@ -127,7 +132,7 @@ class OnnxMoe(ABC):
         x_BSD: "Tensor",
         weights_BSX: "Tensor",
         indices_BSX: "Tensor",
-        matrices: "tuple[Weight, Weight, Weight]",
+        matrices: "tuple[Weight | Dequantized, Weight | Dequantized, Weight | Dequantized]",
         own: "tuple[Tensor, Tensor] | None",
     ) -> "Tensor":
         """own: which of the chosen experts this rank has [B, S, X], and their numbers among its own (0 for others)."""
@@ -136,13 +141,13 @@ class OnnxMoe(ABC):
         batch, sequence, chosen = indices_BSX.shape
         index_BSX = indices_BSX if own is None else own[1]
 
-        def gathered(weight: "Weight", name: str, rows: int, columns: int) -> "Tensor":
+        def gathered(weight: "Weight | Dequantized", name: str, rows: int, columns: int) -> "Tensor":
             stored = self.stored(weight, order=(0, 2, 1), shape=(experts, rows, columns))
             shape = (batch, sequence, chosen, rows, columns)
             inputs = [stored, index_BSX]
             return self.emit("Gather", inputs, name=f"experts/{name}/gathered", shape=shape, axis=0)
 
-        def widen(weight: "Weight", name: str) -> "Tensor":
+        def widen(weight: "Weight | Dequantized", name: str) -> "Tensor":
             inputs = [x_BS11D, gathered(weight, name, hidden, inner)]
             return self.emit("MatMul", inputs, name=f"experts/{name}", shape=(batch, sequence, chosen, 1, inner))
 
