@@ -52,7 +52,7 @@ class Ranks:
 
     @contextmanager
     def mutated(self, name: str) -> Iterator[None]:
-        """Inside, the processes have the seeded bug `name` of `tests/parity/mutations`."""
+        """Inside, the processes have the seeded bug `name` of `tests/parity/seeded_bugs`."""
         self._mutation = name
         yield
         self._mutation = None

@@ -11,13 +11,11 @@ import pytest
 
 from tests.parity.comparisons import COMPARISONS, Subject
 from tests.parity.conftest import Record
-from tests.parity.dialect_mutations import DIALECT_MUTATIONS
-from tests.parity.mutations import MUTATIONS
 from tests.parity.ranks import Ranks
+from tests.parity.seeded_bugs import ALL_MUTATIONS
 from tests.parity.strategies import random_spec
 from tests.parity.test_differential import NUM_SPECS
 
-ALL_MUTATIONS = {**MUTATIONS, **DIALECT_MUTATIONS}
 MARGIN = 10
 """Times the tolerance, so that a bug is told from rounding by a wide margin."""
 

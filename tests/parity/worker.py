@@ -80,10 +80,10 @@ def seeded(mutation: str | None) -> Iterator[None]:
         return
     import pytest
 
-    from tests.parity.mutations import MUTATIONS
+    from tests.parity.seeded_bugs import ALL_MUTATIONS
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        MUTATIONS[mutation].patch(monkeypatch)
+        ALL_MUTATIONS[mutation].patch(monkeypatch)
         yield
 
 
