@@ -30,6 +30,7 @@ from archwright.compiler.ir import Degrees, Plan
 from archwright.compiler.passes import run_passes
 from archwright.compiler.passes.fuse import Fusion
 from archwright.compiler.targets.onnx_graph import export_graphs, graph_path
+from archwright.compiler.targets.stages import GraphOptions
 from archwright.compiler.weights.streaming import GeneratedWeights
 from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from archwright.spec import Spec
@@ -58,11 +59,11 @@ def forms() -> Iterator[tuple[str, Dialect]]:
 
 def open_form(plan: Plan, dialect: Dialect, capacity: int, folder: Path) -> OnnxRuntimeBackend:
     weights = GeneratedWeights(params=plan.program.params(), seed=0)
-    export_graphs(plan, weights, folder, precision="float32", capacity=capacity, dialect=dialect)
+    export_graphs(plan, weights, folder, precision="float32", capacity=capacity, options=GraphOptions(dialect=dialect))
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph_path(folder, 0), options, providers=["CPUExecutionProvider"])
-    return OnnxRuntimeBackend(session, max_batch=None, description="benchmark")
+    return OnnxRuntimeBackend([session], max_batch=None, description="benchmark")
 
 
 def run(backend: OnnxRuntimeBackend, prompts_BS: np.ndarray[Any, Any], cache: Any) -> tuple[float, float]:

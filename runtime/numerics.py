@@ -2,7 +2,7 @@
 vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ PROMPT = 24
 DECODE_STEPS = 64
 ROWS = 3
 END_TOKENS = 8
+ROUNDING = 3
+"""How many times torch's error in float32 a graph's may be: sums are taken in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +57,13 @@ def compare(backend: AnyBackend, program: Program, weights: Weights) -> Iterator
     oracle.begin()
     actual_BTV = backend.whole(ids_BT)
     expected_BTV = oracle.whole(ids_BT)
+    error = largest_error(actual_BTV, expected_BTV)
+    oracle.allow_for_rounding(error, ids_BT, expected_BTV)
     yield Comparison(
         name="whole sequences",
-        error=largest_error(actual_BTV, expected_BTV),
+        error=error,
         tolerance=oracle.tolerance,
-        detail=f"{rows} x {total} tokens",
+        detail=f"{rows} x {total} tokens{oracle.note}",
     )
     yield _prefill_and_decode(backend, ids_BT, oracle, expected_BTV)
     yield _end_of_cache(backend, oracle)
@@ -71,12 +75,28 @@ class _Oracle:
     def __init__(self, program: Program, weights: Weights, backend: AnyBackend) -> None:
         self.program = program
         self.tolerance = TOLERANCES["onnxruntime", "float32"]
+        self.note = ""
         self._arrays = {name: weights.read(name) for name in program.params()}
         self._backend = backend if isinstance(backend, ExposingBackend) else None
 
     @property
     def follows(self) -> bool:
         return self._backend is not None
+
+    def allow_for_rounding(self, error: float, ids_BT: Array, expected_BTV: Array) -> None:
+        """Some models turn the rounding of float32 into larger errors than others. Where the error is more than the
+        tolerance, it is held against what torch, which shares no code with the back end, makes of the same sequences in
+        float32: ROUNDING times that is allowed, if torch's float64 is the oracle's, so that the difference is rounding
+        alone. Not where the oracle follows a target's rounding.
+        """
+        if error <= self.tolerance or self.follows or not np.isfinite(error):
+            return
+        exact, single = (
+            torch_error(self.program, self._arrays, ids_BT, expected_BTV, p) for p in ("float64", "float32")
+        )
+        if exact <= TOLERANCES["torch", "float64"] and ROUNDING * single > self.tolerance:
+            self.tolerance = ROUNDING * single
+            self.note = f", where torch in float32 is off by {single:.1e}"
 
     def begin(self) -> None:
         """Before the calls whose rounded values the next run follows."""
@@ -125,6 +145,21 @@ def _prefill_and_decode(backend: AnyBackend, ids_BT: Array, oracle: _Oracle, exp
         tolerance=oracle.tolerance,
         detail=f"prompts of {', '.join(map(str, lengths_B))} tokens, {steps} steps, {_greedy(found_TBV, wanted_TBV)}",
     )
+
+
+def torch_error(
+    program: Program, arrays: Mapping[str, Array], ids_BT: Array, expected_BTV: Array, precision: str
+) -> float:
+    """Of whole sequences through PyTorch."""
+    import torch
+
+    from archwright.compiler.module import DTYPES, as_torch, build_module
+
+    module = build_module(program, dtype=DTYPES[precision], device="cpu").eval()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(as_torch(arrays[name]))
+        return largest_error(module(torch.from_numpy(ids_BT)).double().numpy(), expected_BTV)
 
 
 def _greedy(found_TBV: Array, wanted_TBV: Array) -> str:

@@ -82,6 +82,28 @@ class TensorRTBackend(Backend[EngineCache]):
         assert len(found) == len(pieces), "the first rank of the last stage answers with logits"
         return np.concatenate(found, axis=1)
 
+    def forward_last(
+        self, cache: EngineCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
+    ) -> Logits:
+        if not self._last_only:
+            return super().forward_last(cache, ids_BS, positions_BS, write_index_B, visible, index_B)
+        size, length = max(profile.sequence.max for profile in self._profiles), ids_BS.shape[1]
+        last_BV = np.empty((len(ids_BS), self.vocab_size), np.float32)
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            logits_B1V = self.outputs(
+                cache,
+                ids_BS[:, start:stop],
+                positions_BS[:, start:stop],
+                write_index_B + start,
+                visible,
+                index_B=np.clip(index_B - start, 0, stop - start - 1),
+            )[-self.per_stage]
+            assert logits_B1V is not None, "the first rank of the last stage answers with logits"
+            here_B = (start <= index_B) & (index_B < stop)
+            last_BV[here_B] = logits_B1V[here_B, 0]
+        return last_BV
+
     def outputs(
         self,
         cache: EngineCache,
@@ -90,15 +112,17 @@ class TensorRTBackend(Backend[EngineCache]):
         write_index_B: Ids,
         visible: int,
         *,
+        index_B: Ids | None = None,
         all_ranks: bool = False,
     ) -> list[Logits | None]:
-        """One step; what each rank gave: `hidden`, or logits [B, S, V]."""
+        """One step; what each rank gave: `hidden`, or logits [B, S, V], or [B, 1, V] of the tokens `index_B`, where
+        engines give those of one token a row (by default the last)."""
         inputs = StepInputs(
             ids_BS=ids_BS,
             positions_BS=positions_BS,
             write_index_B=write_index_B,
             visible=min(bucketed(visible, self.capacity), max(visible, self._longest)),
-            logit_index_B=np.full(len(ids_BS), ids_BS.shape[1] - 1),
+            logit_index_B=np.full(len(ids_BS), ids_BS.shape[1] - 1) if index_B is None else index_B,
         )
         return self._ranks.step(cache.number, inputs, all_outputs=all_ranks)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from archwright.runtime import verification, verify
+from archwright.runtime import numerics, verification, verify
 from archwright.runtime.artifact import SEAL, seal
 from archwright.runtime.verification import Report
 from archwright.spec import ArchwrightError
@@ -284,7 +284,19 @@ def test_above_the_limit_the_reduced_spec_is_checked(
 
 
 def test_the_tolerances_are_those_of_the_table(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("archwright.runtime.numerics.TOLERANCES", {("onnxruntime", "float32"): 1e-9})
+    monkeypatch.setitem(numerics.TOLERANCES, ("onnxruntime", "float32"), 1e-9)  # pyright: ignore[reportArgumentType]
+    monkeypatch.setattr(numerics, "ROUNDING", 0)
     report = verify(copy)
     assert [check.result for check in report.checks if check.error is not None] == ["failed"] * 3
     assert "the error is" in report.problems()[0] and "FAILED" not in report.as_text()
+
+
+def test_a_model_that_enlarges_rounding_is_held_against_torch(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times what torch in float32 is off by is rounding, ten times is none."""
+    monkeypatch.setitem(numerics.TOLERANCES, ("onnxruntime", "float32"), 1e-9)  # pyright: ignore[reportArgumentType]
+    report = verify(copy)
+    assert report.ok and "where torch in float32 is off by" in report.as_text()
+    whole = next(check for check in report.checks if check.name == "whole sequences")
+    assert whole.tolerance is not None and 1e-8 < whole.tolerance < 1e-4
+    monkeypatch.setattr(numerics, "torch_error", lambda *args: 1e-3 if args[-1] == "float64" else 1e-2)
+    assert not verify(copy).ok, "torch itself is not the oracle's"

@@ -14,17 +14,10 @@ from archwright.compiler.targets.stages import graph_options
 from archwright.compiler.targets.tensorrt_engine import build_engine, default_profiles
 from archwright.compiler.weights.streaming import GeneratedWeights
 from archwright.spec import ArchwrightError, Spec
-from tests.compiler.targets.test_tensorrt_coverage import small
+from tests.compiler.targets import covering
 
-COVERING = [
-    ("preset:llama3.1-8b", "bfloat16", 2, "auto"),
-    ("preset:mixtral-8x7b", "bfloat16", 4, "all"),
-    ("gpt-2", "float32", 1, "none"),
-    ("qkv biases, window", "float16", 2, "all"),
-    ("mixed stack", "bfloat16", 4, "auto"),
-]
-"""Model, precision, degree, fuse; the numbers of layers that read lengths stand in MASKED, of those that do not."""
-MASKED = {"qkv biases, window": 2, "mixed stack": 2}
+MASKED = {"llama3.1-8b": 0, "qkv biases, window": 2, "experts": 0}
+"""Model → attentions that do not read lengths, but have a mask. The covering set builds many more."""
 
 
 @pytest.fixture
@@ -47,18 +40,16 @@ def write(spec: Spec, folder: Path) -> tuple[Path, Any]:
     return graph_path(folder, plan.degrees.world - 1), planned_network(plan, **form)
 
 
-def spec_of(name: str, precision: str, degree: int, fuse: str) -> Spec:
-    spec = small(name, precision, degree)
-    return spec.model_copy(update={"build": spec.build.model_copy(update={"target": "tensorrt", "fuse": fuse})})
+def spec_of(name: str, weights: str, tensor: int, fuse: str) -> Spec:
+    return covering.spec_of((name, weights, "tensorrt", str(tensor), "1", "1", "dense", fuse, "all"))
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("name", "precision", "degree", "fuse"), COVERING)
-def test_it_is_built(trt: Any, tmp_path: Path, name: str, precision: str, degree: int, fuse: str) -> None:
-    spec = spec_of(name, precision, degree, fuse)
+@pytest.mark.parametrize("name", MASKED)
+def test_it_is_built(trt: Any, tmp_path: Path, name: str) -> None:
+    spec = spec_of(name, "bfloat16", 2, "all")
     graph, planned = write(spec, tmp_path)
-    assert planned.attentions - planned.with_lengths == MASKED.get(name, 0)
-    assert planned.with_lengths > 0 or name == "qkv biases, window"
+    assert planned.attentions - planned.with_lengths == MASKED[name]
     profiles = default_profiles(spec.build, spec.model.max_positions)
     layers = build_engine(graph, profiles, spec.build.engine, planned, library=trt).layers
     assert layers["ATTENTION_INPUT"] == spec.model.num_layers
@@ -76,7 +67,7 @@ def no_lengths(node: onnx.NodeProto) -> None:
 
 @pytest.mark.parametrize("change", [lengths_too_late, no_lengths])
 def test_lengths_that_the_parser_drops_are_noticed(trt: Any, tmp_path: Path, change: Any) -> None:
-    spec = spec_of("preset:llama3.2-1b", "float16", 1, "auto")
+    spec = spec_of("llama3.2-1b", "float16", 1, "none")
     graph, planned = write(spec, tmp_path)
     model = onnx.load(graph, load_external_data=False)
     change(next(node for node in model.graph.node if node.op_type == "TRT_Attention"))

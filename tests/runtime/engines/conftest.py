@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -14,7 +14,8 @@ import pytest
 
 from archwright.compiler.interpreters.numpy_ops import run_numpy
 from archwright.compiler.ir import Plan
-from archwright.compiler.targets.onnx_graph import cache_names
+from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.targets.stages import GraphOptions, stage_of
 from archwright.compiler.targets.structural_hash import structural_hash
 from archwright.compiler.targets.tensorrt_config import default_profiles
 from archwright.compiler.weights.streaming import GeneratedWeights
@@ -35,11 +36,8 @@ from tests.runtime.engines.fake import FakeEngine, World
 from tests.runtime.engines.models import (
     CAPACITY,
     fake_engine,
-    interface,
     plan_and_weights,
     spec_of,
-    stage_caches,
-    stage_program,
 )
 
 FACTS: dict[str, Any] = {
@@ -93,6 +91,7 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
         tensor: int = 1,
         layers: int = 2,
         precision: str = "float32",
+        logits: Literal["all", "last"] = "all",
         processes: bool = False,
         **limits: Any,
     ) -> Rig:
@@ -100,14 +99,11 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
         plan, weights = plan_and_weights(spec, stages, tensor)
         profiles = [profile.model_dump(mode="json") for profile in default_profiles(spec.build, CAPACITY)]
         facts = {"library": "tensorrt", "version": "11.2", "flags": [], "profiles": profiles}
+        options = GraphOptions(logits=logits)
+        export = export_graphs(plan, None, tmp_path, precision=precision, capacity=CAPACITY, options=options)
         world, files = World(per_stage=tensor), []
         for rank in range(stages * tensor):
-            stage = rank // tensor
-            program = stage_program(plan, stage)
-            graph = tmp_path / f"rank{rank}" / f"stage{stage}.onnx"
-            graph.parent.mkdir()
-            caches = stage_caches(plan, program)
-            onnx.save(interface(program, caches, precision, stage == 0, stage == stages - 1), graph)
+            graph = export.graphs[rank]
             said = {"layers": layers, "precision": precision, "stages": stages, "tensor": tensor, "rank": rank}
             content = json.dumps(said | {"graph": str(graph)}).encode()
             path = graph.with_suffix(".engine")
@@ -175,14 +171,13 @@ def engines_of_weights(folder: Path) -> World:
     """Fake engines of an artifact's ranks, with the weights and the graphs that lie in it."""
     artifact = Artifact(folder, load(folder / "spec.yaml"))
     held, plan = RankWeights(artifact), artifact.plan
-    world = World(per_stage=len(artifact.graphs))
+    world = World(per_stage=len(artifact.graphs) // artifact.num_stages)
     for rank, graph in enumerate(artifact.graphs):
         world.engines.append(
             FakeEngine(
-                program=plan.local,
+                stage=stage_of(plan, artifact.stage_of_rank(rank)),
                 weights={name: held.part(name, rank) for name in held.names()},
                 table=read_bindings(graph),
-                caches=cache_names(plan.local),
                 profiles=default_profiles(artifact.spec.build, artifact.capacity),
             )
         )

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from archwright.compiler.interpreters.numpy_ops import NumpyOps
-from archwright.compiler.ir import Plan, Program, Step
+from archwright.compiler.ir import Plan, Step
 from archwright.compiler.ir.program import instance_of
+from archwright.compiler.targets.stages import Stage
 from archwright.runtime.engines.binding import BindingTable
 from archwright.runtime.engines.device import Array, Place
 from archwright.spec.models import Profile
@@ -165,12 +166,11 @@ def named(name: str) -> Any:
 
 @dataclass
 class FakeEngine:
-    """TensorRT's ICudaEngine. program: of the rank's stage, of local sizes; caches: (path, state) → `0.key`."""
+    """TensorRT's ICudaEngine. stage: of the rank, of local sizes. table: read off the graph that the exporter wrote."""
 
-    program: Program
+    stage: Stage
     weights: Mapping[str, Array]
     table: BindingTable
-    caches: Mapping[tuple[str, str], str]
     profiles: Sequence[Profile]
     device: Any = None
 
@@ -258,17 +258,19 @@ class FakeContext:
             return at(addresses[name], shape, types.get(kind, table.bindings[name].dtype))
 
         given = {name: array(name, shape) for name, shape in shapes.items()}
-        cache = {key: given[f"past.{name}"].astype(np.float64) for key, name in engine.caches.items()}
+        cache = {key: given[f"past.{name}"].astype(np.float64) for key, name in engine.stage.caches.items()}
         step = Step(
             positions_BS=given["position_ids"],
             write_index_B=given["write_index"],
             kv_positions_L=given["kv_positions"],
+            logit_index_B=given.get("logit_index"),
         )
         source = given["hidden"].astype(np.float64) if table.takes_hidden else given["input_ids"]
         ops = RankOps(engine.weights, cache, self.communicator)
-        y = engine.program.run(instance_of(engine.program, ops), source, step)
+        program = engine.stage.program
+        y = program.run(instance_of(program, ops, engine.stage.sites), source, step)
         array(table.output, y.shape)[...] = y
-        for key, name in engine.caches.items():
+        for key, name in engine.stage.caches.items():
             array(f"present.{name}", cache[key].shape)[...] = cache[key]
 
 

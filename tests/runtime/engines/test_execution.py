@@ -46,6 +46,16 @@ def test_every_mesh_gives_the_oracles_tokens(
     assert all(engine.device.replays > 0 for engine in made.world.engines)
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_engines_that_give_the_logits_of_one_token_a_row(rig: Callable[..., Rig], stages: int) -> None:
+    """A prefill asks for each prompt's last token in one call; whole sequences go token by token."""
+    made = rig(stages=stages, tensor=2, logits="last")
+    model, ids_BS = made.open(), np.array([[5, 6, 7], [9, 10, 11]])
+    assert largest_error(model.logits(ids_BS), made.oracle(ids_BS)) < 1e-5
+    found = [[answer.tokens for answer in model.generate(prompts, max_tokens=TOKENS)] for prompts in (PROMPTS, OTHERS)]
+    assert found == expected(made)
+
+
 def test_half_precision_is_bound_as_such(rig: Callable[..., Rig]) -> None:
     made = rig(stages=2, precision="bfloat16")
     ids_BS = np.array([[5, 6, 7, 8], [9, 10, 11, 12]])
@@ -197,7 +207,7 @@ def test_a_rank_that_fails_ends_the_others_wait(rig: Callable[..., Rig], monkeyp
     """The other rank of its stage waits in an all-reduce; the failure is told at once."""
     made = rig(tensor=2, step_timeout_s=60.0)
     model = made.open()
-    made.world.engines[1].program = None  # type: ignore[assignment]
+    made.world.engines[1].stage = None  # type: ignore[assignment]
     with pytest.raises(ArchwrightError, match="rank1: RUN048 AttributeError"):
         model.generate([[1, 2]], max_tokens=2)
 
