@@ -7,6 +7,8 @@ from fnmatch import fnmatchcase
 from archwright.spec.models import Layer, Model, Quantize, QuantizeRule
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+MAX_LAYERS = 4096
+"""Of each run of layers that `matrices` lists: a mistyped number of layers must be answered at once, too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +46,14 @@ def matrices(model: Model) -> Iterator[Matrix]:
     number = 0
     for run in model.runs:
         within = tuple(_layer(model, run.layer))
-        for _ in range(run.repeat):
+        for _ in range(min(run.repeat, MAX_LAYERS)):
             for suffix, columns, cut, scalable in within:
                 yield Matrix(
                     path=f"model.layers.{number}.{suffix}", suffix=suffix, columns=columns, cut=cut, scalable=scalable,
                     is_linear=not suffix.endswith(".experts"),
                 )  # fmt: skip
             number += 1
+        number += max(0, run.repeat - MAX_LAYERS)
     if not tied:
         yield Matrix(path=HEAD, suffix=HEAD, columns=hidden)
 

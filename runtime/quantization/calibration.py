@@ -74,10 +74,10 @@ def calibrate(
         path = program.segments[number].path or "the head"
         progress(f"calibrating {path}, {number + 1} of {last + 1}")
         module = segment_module(program, weights, number)
-        collectors = {p: _Collector(ids_NS.size) for p in paths if p in dict(module.named_modules())}
-        for name, sub in module.named_modules():
-            if name in collectors:
-                sub.register_forward_pre_hook(collectors[name].hook)
+        modules = dict(module.named_modules())
+        collectors = {p: _Collector(ids_NS.size) for p in paths if p in modules}
+        for name, collector in collectors.items():
+            modules[name].register_forward_pre_hook(collector.hook)
         x_NSD = run_rows(module, x_NSD)
         _save(folder, digest, number, {p: c.result() for p, c in collectors.items()}, None if number == last else x_NSD)
     return {path: found for number in range(last + 1) for path, found in _load(folder, number).items()}

@@ -252,5 +252,7 @@ def test_a_value_by_default_is_shown_at_its_section():
 
 
 def test_large_sizes_are_judged_quickly():
+    with pytest.raises(SpecError, match="SPEC061"):
+        load("preset:tiny", {"model.layers": 10**12} | quantize({"kind": "int4"}))
     with pytest.raises(SpecError, match="SPEC024"):
         load("preset:tiny", {"model.hidden_size": 2**62 + 1, f"{ATTENTION}.heads": 10**6, f"{ATTENTION}.kv_heads": 1})
