@@ -21,9 +21,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from archwright.compiler.interpreters.onnx_masks import num_visible_of, visible
 from archwright.compiler.interpreters.onnx_moe import OnnxMoe
 from archwright.compiler.interpreters.onnx_quantization import Dequantized, OnnxQuantization, Packing
-from archwright.compiler.ir import Boundary, Causal, Mask, Param, RopeTable, Step, Window
+from archwright.compiler.ir import Boundary, Mask, Param, RopeTable, Step
 
 OPSET = 24
 DOMAIN = "archwright"
@@ -172,7 +173,7 @@ class OnnxOps(OnnxQuantization, OnnxMoe):
         """The nodes of the finished graph; a dialect leaves out those that its own have made needless."""
         return self.nodes
 
-    def _integers(self, *numbers: int) -> Tensor:
+    def integers(self, *numbers: int) -> Tensor:
         """A constant int64 vector; equal ones are one initializer."""
         return self.constant("int64/" + "_".join(map(str, numbers)), numbers, ir.DataType.INT64)
 
@@ -294,7 +295,7 @@ class OnnxOps(OnnxQuantization, OnnxMoe):
 
     def take_token(self, x_BSD: Tensor, index_B: Tensor) -> Tensor:
         batch, _, width = x_BSD.shape
-        axes = self._integers(1, 2)
+        axes = self.integers(1, 2)
         index_B11 = self.emit("Unsqueeze", [index_B, axes], name="take_token/index", shape=(batch, 1, 1))
         return self.emit("GatherND", [x_BSD, index_B11], name="take_token", shape=(batch, 1, width), batch_dims=1)
 
@@ -305,14 +306,14 @@ class OnnxOps(OnnxQuantization, OnnxMoe):
         return self.emit("Gelu", [x], name="gelu", approximate=approximation)
 
     def channels(self, x: Tensor, start: int, stop: int) -> Tensor:
-        inputs = [x, self._integers(start), self._integers(stop), self._integers(-1)]
+        inputs = [x, self.integers(start), self.integers(stop), self.integers(-1)]
         return self.emit("Slice", inputs, name="channels", shape=(*x.shape[:-1], stop - start))
 
     def split_heads(self, x: Tensor, head_dim: int) -> Tensor:
         batch, sequence, width = x.shape
         assert isinstance(width, int)
         heads = width // head_dim
-        inputs = [x, self._integers(0, 0, -1, head_dim)]
+        inputs = [x, self.integers(0, 0, -1, head_dim)]
         x_BSNH = self.emit("Reshape", inputs, name="split_heads/reshape", shape=(batch, sequence, heads, head_dim))
         return self.emit(
             "Transpose", [x_BSNH], name="split_heads", shape=(batch, heads, sequence, head_dim), perm=[0, 2, 1, 3]
@@ -328,7 +329,7 @@ class OnnxOps(OnnxQuantization, OnnxMoe):
             shape=(batch, sequence, heads, head_dim),
             perm=[0, 2, 1, 3],
         )
-        inputs = [x_BSNH, self._integers(0, 0, -1)]
+        inputs = [x_BSNH, self.integers(0, 0, -1)]
         return self.emit("Reshape", inputs, name="merge_heads", shape=(batch, sequence, heads * head_dim))
 
     def rope(self, x_BNSH: Tensor, table: RopeTable, step: Step[Tensor]) -> Tensor:
@@ -364,7 +365,7 @@ class OnnxOps(OnnxQuantization, OnnxMoe):
         self.updated[m.path, name] = present_BKPH
         batch, heads, _, head_dim = past_BKPH.shape
         ends = self._num_visible(step.kv_positions_L)
-        inputs = [present_BKPH, self._integers(0), ends, self._integers(2)]
+        inputs = [present_BKPH, self.integers(0), ends, self.integers(2)]
         return self.emit("Slice", inputs, name=f"{name}_visible", shape=(batch, heads, num_visible_of(step), head_dim))
 
     def _num_visible(self, kv_positions_L: Tensor) -> Tensor:
@@ -382,40 +383,15 @@ class OnnxOps(OnnxQuantization, OnnxMoe):
 
     def _visible(self, mask: Mask, step: Step[Tensor]) -> Tensor:
         """The boolean mask [B, 1, S, L] of a mask value, made once for all layers that have it."""
-        key = f"mask/{mask.key}"
-        if key not in self._shared:
+        if mask.key not in self._shared:
             with self.scope(""):
-                visible = self._compare(
-                    "LessOrEqual", step, 0, name=key if isinstance(mask, Causal) else f"{key}/causal"
-                )
-                if isinstance(mask, Window):
-                    recent = self._compare("Greater", step, mask.size, name=f"{key}/recent")
-                    visible = self.emit("And", [visible, recent], name=key)
-            self._shared[key] = visible
-        return self._shared[key]
-
-    def _compare(self, op: str, step: Step[Tensor], offset: int, *, name: str) -> Tensor:
-        """Boolean [B, 1, S, L]: kv_position `op` (position - offset)."""
-        assert step.kv_positions_L is not None
-        batch, sequence = step.positions_BS.shape
-        query = step.positions_BS
-        if offset:
-            query = self.emit("Sub", [query, self._integers(offset)], name=f"{name}/offset")
-        axes = self._integers(1, 3)
-        query_B1S1 = self.emit("Unsqueeze", [query, axes], name=f"{name}/query", shape=(batch, 1, sequence, 1))
-        shape = (batch, 1, sequence, num_visible_of(step))
-        return self.emit(op, [step.kv_positions_L, query_B1S1], name=name, shape=shape, dtype=ir.DataType.BOOL)
+                self._shared[mask.key] = visible(self, mask, step)
+        return self._shared[mask.key]
 
     def linear_cross_entropy(
         self, x_BSD: Tensor, weight_VD: Weight, targets_BS: Tensor, *, gather: Boundary | None
     ) -> Any:
         raise AssertionError("graphs are made for inference: their steps have no targets")
-
-
-def num_visible_of(step: Step[Tensor]) -> Size:
-    """L."""
-    assert step.kv_positions_L is not None
-    return step.kv_positions_L.shape[0]
 
 
 def sizes_of(value: ir.Value) -> tuple[Size, ...]:

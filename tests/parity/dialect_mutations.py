@@ -31,7 +31,7 @@ def _without_own_tokens(original: Any, ops: Any, step: Any) -> Any:
 def _first_rows_end(original: Any, ops: Any, step: Any) -> Any:
     """Every row of the batch as long as the first."""
     ends_B = original(ops, step)
-    first = ops.emit("Gather", [ends_B, ops._integers(0)], name="first", shape=(1,), axis=0)
+    first = ops.emit("Gather", [ends_B, ops.integers(0)], name="first", shape=(1,), axis=0)
     batch = ops.emit("Shape", [ends_B], name="batch", shape=(1,))
     return ops.emit("Expand", [first, batch], name="same", shape=ends_B.shape)
 

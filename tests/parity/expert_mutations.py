@@ -105,7 +105,7 @@ def _everybody(_: Any, ops: OnnxOps, axes: Any) -> list[int]:
 
 def _first_token(original: Any, ops: OnnxOps, x_BSD: Any, index_B: Any) -> Any:
     """One row further back."""
-    return original(ops, x_BSD, ops.emit("Max", [index_B + ops._integers(-1), ops._integers(0)], name="slip"))
+    return original(ops, x_BSD, ops.emit("Max", [index_B + ops.integers(-1), ops.integers(0)], name="slip"))
 
 
 EXPERT_MUTATIONS: Mapping[str, Mutation] = {

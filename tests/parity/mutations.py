@@ -148,7 +148,7 @@ def _next_position(original: Any, block: Any, ops: Any, m: Any, ids_BS: Any, ste
 
 
 def _next_row_of_positions(original: Any, ops: OnnxOps, ids_BS: Any, weight_VD: Any, **rest: Any) -> Any:
-    return original(ops, ids_BS + ops._integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD, **rest)
+    return original(ops, ids_BS + ops.integers(1) if "positions" in weight_VD.name else ids_BS, weight_VD, **rest)
 
 
 def _all_targets_count(
@@ -304,7 +304,7 @@ MUTATIONS: Mapping[str, Mutation] = {
         comparison=ONNX,
         patch=_on_node(
             "TensorScatter",
-            lambda ops, inputs, rest: ("TensorScatter", [*inputs[:2], inputs[2] + ops._integers(1)], rest),
+            lambda ops, inputs, rest: ("TensorScatter", [*inputs[:2], inputs[2] + ops.integers(1)], rest),
         ),
     ),
     "stale cache row in decode, torch": Mutation(comparison=TORCH, patch=_wrap(TorchOps, "kv_update", _unwritten_row)),

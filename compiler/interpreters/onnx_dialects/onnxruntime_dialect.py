@@ -185,7 +185,7 @@ class OnnxruntimeOps(LengthOps):
         assert positions_L is not None, "exported graphs have a cache"
 
         def last() -> Tensor:
-            return self.emit("Sub", [self._ends(step), self._integers(1)], name="seqlens_k/last")
+            return self.emit("Sub", [self._ends(step), self.integers(1)], name="seqlens_k/last")
 
         def total() -> Tensor:
             return self.emit("Squeeze", [self._num_visible(positions_L)], name="total_sequence_length/L", shape=())

@@ -18,7 +18,8 @@ from typing import Any
 import onnx_ir as ir
 
 from archwright.compiler.interpreters.onnx_dialects.lengths import LengthOps
-from archwright.compiler.interpreters.onnx_ops import DOMAIN, Tensor, num_visible_of
+from archwright.compiler.interpreters.onnx_masks import num_visible_of
+from archwright.compiler.interpreters.onnx_ops import DOMAIN, Tensor
 from archwright.compiler.ir import Mask, Step, Window
 
 HALF_HEADS = 8
@@ -49,7 +50,7 @@ class TensorrtOps(LengthOps):
         )  # fmt: skip
         self.updated[m.path, name] = present_BKPH
         batch, heads, _, head_dim = past_BKPH.shape
-        inputs = [present_BKPH, self._integers(0), self._num_visible(positions_L), self._integers(2)]
+        inputs = [present_BKPH, self.integers(0), self._num_visible(positions_L), self.integers(2)]
         return self.emit("Slice", inputs, name=f"{name}_visible", shape=(batch, heads, num_visible_of(step), head_dim))
 
     def attention(
