@@ -77,8 +77,5 @@ MEASURES: Mapping[str, Measure] = {
     OWN_RANKS: in_dialect("onnxruntime", fusions=ALL, degree=2),
     FUSED: in_dialect("portable", fusions=ALL, degree=2),
 }
-SOMETIMES = {
-    OWN: 0, TENSORRT: 1, FUSED: 2, "fused, oracle": 2, TENSORRT_RANKS: 3, OWN_RANKS: 4, TENSORRT_HALF: 5, OWN_HALF: 6,
-    "fused, torch": 7,
-}  # fmt: skip
+SOMETIMES = {"fused, oracle": 2, "fused, torch": 7}
 """Each for one spec in eight, by the remainder of its seed."""

@@ -36,7 +36,7 @@ from tests.parity.cases import TestWeights, make_case
 from tests.parity.conftest import Record
 from tests.parity.strategies import Tree, load_tree, random_tree
 
-NUM_QUICK, NUM_HEAVY, NUM_SPECS = 3, 20, 50
+NUM_QUICK, NUM_HEAVY, NUM_SPECS = 3, 12, 50
 """A quarter of those of the differential suite; most of them in `make test-slow`."""
 SEEDS = [
     *range(NUM_QUICK),
