@@ -363,7 +363,7 @@ SOMETIMES = {
 seed."""
 BUILDS = {"ONNX Runtime, 2 stages", "ONNX Runtime, prefill of last logits", "ONNX Runtime, 2 expert ranks joined"}
 BUILDS |= {"ONNX Runtime, 2 x 2 expert and tensor ranks joined", *dialects.MEASURES}
-"""For seeded bugs. What is right about them `test_exports` shows, on random builds with all else that a build chooses."""
+"""For seeded bugs. That they are right shows `test_exports`, on random builds with all else that a build chooses."""
 
 
 def interpreted(seed: int) -> list[str]:
