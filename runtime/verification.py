@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,7 +125,8 @@ def content_checks(
     source: the weights that the artifact was built from, which only `build` has.
     """
     progress("checking the graphs")
-    finders = (_checker(artifact), _linter(artifact), _weights(artifact, source))
+    held = _Held(artifact)
+    finders = (_checker(artifact), _linter(artifact), _weights(held, source))
     checks = [_guarded(name, code, found) for (name, code), found in zip(_GRAPH_CHECKS, finders, strict=True)]
     yield from checks
     if any(check.result == "failed" for check in checks):
@@ -135,7 +137,7 @@ def content_checks(
     try:
         detail = ", reduced spec" if scope == "reduced" else ""
         detail += f", {_run_as(artifact.spec)}" if artifact.spec.build.target == "tensorrt" else ""
-        for comparison in _numbers(artifact):
+        for comparison in _numbers(held):
             yield _compared(comparison, detail)
     except Exception as error:  # ONNX Runtime's exceptions have no class of their own but Exception
         yield _check("numbers", "VERIFY007", [_reason(error)])
@@ -229,10 +231,21 @@ def _linter(artifact: Artifact) -> Iterator[str]:
         merge_ranks(artifact.path, stage=stage, ranks=ranks)  # raises where the ranks' collectives do not match
 
 
-def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
-    weights = RankWeights(artifact)
+@dataclass(frozen=True)
+class _Held:
+    """An artifact and its weights, whose places are looked up when they are first asked for."""
+
+    artifact: Artifact
+
+    @cached_property
+    def weights(self) -> RankWeights:
+        return RankWeights(self.artifact)
+
+
+def _weights(held: _Held, source: Weights | None) -> Iterator[str]:
+    weights = held.weights
     sample: Sample = "all"
-    if numeric_scope(artifact.spec) == "reduced":
+    if numeric_scope(held.artifact.spec) == "reduced":
         sample = "rows" if source is None else "windows"
     yield from differing_ranks(weights, sample=sample)
     yield from not_finite(weights, sample=sample)
@@ -240,10 +253,10 @@ def _weights(artifact: Artifact, source: Weights | None) -> Iterator[str]:
         yield from differing_source(weights, source, sample=sample)
 
 
-def _numbers(artifact: Artifact) -> Iterator[Comparison]:
-    with computable(artifact) as small:
-        backend = _backend(small)
-        yield from compare(backend, small.program, RankWeights(small))
+def _numbers(held: _Held) -> Iterator[Comparison]:
+    with computable(held.artifact) as small:
+        weights = held.weights if small is held.artifact else RankWeights(small)
+        yield from compare(_backend(small), small.program, weights)
 
 
 def _backend(artifact: Artifact) -> OnnxRuntimeBackend:

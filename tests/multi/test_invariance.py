@@ -62,7 +62,7 @@ def check_float32(worlds: Worlds, model: str, mesh: str) -> None:
     assert many["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("model, mesh", COVERING)
+@pytest.mark.parametrize("model, mesh", [pair for pair in COVERING if MESHES[pair[1]].processes <= 2])
 def test_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
     check_float64(worlds, request, model, mesh)
 
@@ -70,6 +70,12 @@ def test_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: 
 @pytest.mark.parametrize("model, mesh", COVERING_FLOAT32)
 def test_plan_in_float32(worlds: Worlds, model: str, mesh: str) -> None:
     check_float32(worlds, model, mesh)
+
+
+@pytest.mark.parametrize("model, mesh", [pair for pair in COVERING if MESHES[pair[1]].processes > 2])
+def test_plan_of_four(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
+    """Last, so that the worlds of one and two processes are started once."""
+    check_float64(worlds, request, model, mesh)
 
 
 @pytest.mark.slow
