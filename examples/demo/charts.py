@@ -6,7 +6,9 @@ from html import escape
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 720, 280, 46
-COLOURS = ("#3366cc", "#dc6e00", "#2e8b57", "#8b3a8b", "#c0a000", "#777777")
+COLOURS = (
+    "#3366cc", "#dc6e00", "#2e8b57", "#8b3a8b", "#c0a000", "#777777", "#b03060", "#20808d", "#6b8e23", "#4b0082",
+)  # fmt: skip
 
 
 def loss_chart(losses: Mapping[str, Sequence[tuple[int, float]]]) -> str:
@@ -53,7 +55,8 @@ def _smooth(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 def plan_drawing(plan: Mapping[str, Any]) -> str:
     """The mesh as a row of ranks, each with its memory stacked to scale."""
     ranks: Sequence[Mapping[str, int]] = plan["memory"]["per_rank"]
-    names = [name for name in ranks[0] if name.endswith("_bytes") and name != "total_bytes"]
+    kinds = [name for name in ranks[0] if name.endswith("_bytes") and name != "total_bytes"]
+    names = [name for name in kinds if any(rank[name] for rank in ranks)]
     largest = max(rank["total_bytes"] for rank in ranks)
     parts: list[str] = []
     for row, rank in enumerate(ranks):
@@ -71,8 +74,9 @@ def plan_drawing(plan: Mapping[str, Any]) -> str:
         for index, name in enumerate(names)
     ]
     mesh = ", ".join(f"{axis} {degree}" for axis, degree in plan["degrees"].items())
-    parts.append(f'<text x="{MARGIN + 50}" y="{y + 60}">mesh: {escape(mesh)}</text>')
-    return _svg(y + 70, parts)
+    y += 24 + 18 * -(-len(names) // 3)
+    parts.append(f'<text x="{MARGIN + 50}" y="{y}">mesh: {escape(mesh)}</text>')
+    return _svg(y + 10, parts)
 
 
 def _svg(height: int, parts: Sequence[str]) -> str:
