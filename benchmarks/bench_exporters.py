@@ -99,7 +99,7 @@ def build_theirs(model: Path, out: Path, precision: str, genai: Path | None) -> 
     command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(model), "-o", str(out)]
     command += ["-p", {"float32": "fp32"}.get(precision, precision), "-e", "cpu", "-c", str(out / "cache")]
     if precision == "int4":
-        command += ["--extra_options", "int4_accuracy_level=1"]
+        command += ["--extra_options", "accuracy_level=1"]
     if genai is not None:
         os.environ["PYTHONPATH"] = str(genai)
     seconds, cpu_s, peak_bytes = measured(command)
