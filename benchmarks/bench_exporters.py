@@ -53,12 +53,10 @@ SHAPE: dict[str, object] = {
     "tokenizer.vocab_size": 8192,
 }
 PROMPT, TOKENS = 64, 128
+INT4 = "{kind: int4, group_size: 32, match: '%s'}"
 SETTINGS: dict[str, list[str]] = {
     "float32": [],
-    "int4": [
-        "--set",
-        "build.quantize={rules: [{kind: int4, group_size: 32, match: '*_proj'}, {kind: int4, group_size: 32, match: lm_head}]}",
-    ],
+    "int4": ["--set", f"build.quantize={{rules: [{INT4 % '*_proj'}, {INT4 % 'lm_head'}]}}"],
 }
 """Of ours, by the precision that the other is asked for."""
 
