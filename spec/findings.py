@@ -40,3 +40,22 @@ def nearest(value: int, legal: Iterable[int]) -> int:
 
 def nearest_multiple(value: int, factor: int) -> int:
     return max(factor, (value + factor // 2) // factor * factor)
+
+
+def tensor_degrees(spec: Spec) -> Iterator[tuple[str, int]]:
+    """Where the spec gives a tensor degree as a number, and the number."""
+    if isinstance(spec.parallel.tensor, int):
+        yield "parallel.tensor", spec.parallel.tensor
+    yield "build.parallel.tensor", spec.build.parallel.tensor
+
+
+def channels_cut(path: str, name: str, width: int, degree_path: str, degree: int) -> Iterator[Finding]:
+    """SPEC023 where inner channels do not come out even. name: of the field `path`, as users call it."""
+    if width % degree:
+        yield Finding(
+            code="SPEC023", path=path, others={degree_path: degree},
+            message=f"`{name}` ({width}) is not divisible by `{degree_path}` ({degree})",
+            label=f"{width} inner channels cannot be split over {degree} ranks",
+            help=f"use hidden_size: {nearest_multiple(width, degree)}, "
+            f"or tensor: {nearest(degree, divisors(width))}",
+        )  # fmt: skip

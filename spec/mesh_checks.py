@@ -2,7 +2,15 @@
 
 from collections.abc import Callable, Iterator
 
-from archwright.spec.findings import Finding, divisors, layers, nearest, nearest_multiple
+from archwright.spec.findings import (
+    Finding,
+    channels_cut,
+    divisors,
+    layers,
+    nearest,
+    nearest_multiple,
+    tensor_degrees,
+)
 from archwright.spec.models import Layer, Spec
 
 AXES = ("tensor", "pipeline", "context", "expert", "data_shard", "data_replicate")
@@ -13,15 +21,9 @@ def _known(spec: Spec) -> dict[str, int]:
     return {axis: degree for axis in AXES if isinstance(degree := getattr(spec.parallel, axis), int)}
 
 
-def _tensor_degrees(spec: Spec) -> Iterator[tuple[str, int]]:
-    if isinstance(spec.parallel.tensor, int):
-        yield "parallel.tensor", spec.parallel.tensor
-    yield "build.parallel.tensor", spec.build.parallel.tensor
-
-
 def _layers_and_degrees(spec: Spec) -> Iterator[tuple[str, Layer, str, int]]:
     for path, layer in layers(spec):
-        for degree_path, degree in _tensor_degrees(spec):
+        for degree_path, degree in tensor_degrees(spec):
             yield path, layer, degree_path, degree
 
 
@@ -53,15 +55,9 @@ def _tensor_splits_kv_heads(spec: Spec) -> Iterator[Finding]:
 
 def _tensor_splits_ffn(spec: Spec) -> Iterator[Finding]:
     for path, layer, degree_path, degree in _layers_and_degrees(spec):
-        width = layer.ffn.hidden_size
-        if width % degree:
-            yield Finding(
-                code="SPEC023", path=f"{path}.ffn.hidden_size", others={degree_path: degree},
-                message=f"`ffn.hidden_size` ({width}) is not divisible by `{degree_path}` ({degree})",
-                label=f"{width} inner channels cannot be split over {degree} ranks",
-                help=f"use hidden_size: {nearest_multiple(width, degree)}, "
-                f"or tensor: {nearest(degree, divisors(width))}",
-            )  # fmt: skip
+        yield from channels_cut(
+            f"{path}.ffn.hidden_size", "ffn.hidden_size", layer.ffn.hidden_size, degree_path, degree
+        )
 
 
 def _micro_batches_divide_batch(spec: Spec) -> Iterator[Finding]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from archwright.spec.findings import Finding, divisors, layers, nearest, nearest_multiple
+from archwright.spec.findings import Finding, channels_cut, divisors, layers, nearest, tensor_degrees
 from archwright.spec.models import MoeFfn, Spec
 
 
@@ -53,18 +53,12 @@ def _expert_splits_experts(spec: Spec) -> Iterator[Finding]:
 
 def _tensor_splits_shared(spec: Spec) -> Iterator[Finding]:
     """SPEC023 for the shared expert; `ffn.hidden_size` is every kind's."""
-    degrees = {"parallel.tensor": spec.parallel.tensor, "build.parallel.tensor": spec.build.parallel.tensor}
     for path, ffn in _moe_layers(spec):
-        width = ffn.shared.hidden_size if ffn.shared else 0
-        for degree_path, degree in degrees.items():
-            if isinstance(degree, int) and width % degree:
-                yield Finding(
-                    code="SPEC023", path=f"{path}.shared.hidden_size", others={degree_path: degree},
-                    message=f"`ffn.shared.hidden_size` ({width}) is not divisible by `{degree_path}` ({degree})",
-                    label=f"{width} inner channels cannot be split over {degree} ranks",
-                    help=f"use hidden_size: {nearest_multiple(width, degree)}, "
-                    f"or tensor: {nearest(degree, divisors(width))}",
-                )  # fmt: skip
+        if ffn.shared is None:
+            continue
+        for degree_path, degree in tensor_degrees(spec):
+            width = ffn.shared.hidden_size
+            yield from channels_cut(f"{path}.shared.hidden_size", "ffn.shared.hidden_size", width, degree_path, degree)
 
 
 MOE_RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (

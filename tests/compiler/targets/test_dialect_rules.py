@@ -5,12 +5,20 @@ from typing import Any
 
 import onnx
 import pytest
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto
 
 from archwright.compiler.interpreters.onnx_dialects import ALL, Dialect
 from archwright.compiler.targets.linter import RULES, lint
 from archwright.spec import Spec
-from tests.compiler.targets.test_linter import VIOLATIONS, Change, node_of, set_attribute, set_input, set_opset
+from tests.compiler.targets.test_linter import (
+    VIOLATIONS,
+    Change,
+    half_precision_tables,
+    node_of,
+    set_attribute,
+    set_input,
+    set_opset,
+)
 
 TENSORRT, OWN = Dialect(target="tensorrt"), Dialect(target="onnxruntime")
 
@@ -20,15 +28,6 @@ def set_domain(op: str, domain: str) -> Change:
         node_of(model.graph, op).domain = domain
 
     return change
-
-
-def half_tables(model: ModelProto) -> None:
-    for tensor in model.graph.initializer:
-        if tensor.name.endswith(("/cos", "/sin")):
-            tensor.data_type = TensorProto.FLOAT16
-    for value in model.graph.value_info:
-        if value.name.endswith(("/cos", "/sin")):
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16
 
 
 def symbolic_cache(model: ModelProto) -> None:
@@ -61,7 +60,7 @@ BROKEN: list[tuple[str, str, Dialect, Change]] = [
     ("LINT018", "domain", OWN, set_domain(GQA, "")),
     ("LINT018", "no-query-seqlens", OWN, set_input(GQA, 16, "")),
     ("LINT018", "no-scale", OWN, set_attribute(GQA, "scale", None)),
-    ("LINT018", "half-tables", OWN, half_tables),
+    ("LINT018", "half-tables", OWN, half_precision_tables),
     ("LINT018", "no-position-ids", OWN, set_input(GQA, 9, "")),
 ]
 
