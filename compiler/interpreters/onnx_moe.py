@@ -19,13 +19,14 @@ over the ranks is the result: every rank has all tokens, so nothing travels and 
 B batch, S sequence, D hidden, E experts of this rank, X experts of a token, F inner width of an expert.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
+from archwright.compiler.interpreters.onnx_emitter import OnnxEmitter
 from archwright.compiler.ir import Boundary, Penalties, Routing
 
 if TYPE_CHECKING:
@@ -33,21 +34,11 @@ if TYPE_CHECKING:
     from archwright.compiler.interpreters.onnx_quantization import Dequantized
 
 
-class OnnxMoe(ABC):
+class OnnxMoe(OnnxEmitter):
     """A part of `OnnxOps`."""
 
     moe: str
     ranks: Mapping[str, int]
-
-    @property
-    @abstractmethod
-    def dtype(self) -> ir.DataType: ...
-
-    @abstractmethod
-    def emit(self, op: str, inputs: "list[Tensor]", *, name: str, **rest: Any) -> "Tensor": ...
-
-    @abstractmethod
-    def constant(self, name: str, value: Any, dtype: ir.DataType) -> "Tensor": ...
 
     @abstractmethod
     def cast(self, x: "Tensor", dtype: ir.DataType, *, name: str) -> "Tensor": ...

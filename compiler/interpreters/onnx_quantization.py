@@ -10,7 +10,7 @@ groups along `in`.
 `MatMulNBits` (com.microsoft) is ONNX Runtime's own operator for int4: weights stay [out, in].
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,6 +20,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from archwright.compiler.interpreters.onnx_emitter import OnnxEmitter
 from archwright.compiler.ir import Param, Storage
 
 if TYPE_CHECKING:
@@ -80,23 +81,13 @@ class Dequantized:
         return None if self.storage != "int4" else self.param.shape[-1] // groups
 
 
-class OnnxQuantization(ABC):
+class OnnxQuantization(OnnxEmitter):
     """A part of `OnnxOps`.
 
     matmul_nbits: whether int4 products are ONNX Runtime's MatMulNBits, which TensorRT does not know.
     """
 
     matmul_nbits: bool = False
-
-    @property
-    @abstractmethod
-    def dtype(self) -> ir.DataType: ...
-
-    @abstractmethod
-    def emit(self, op: str, inputs: "list[Tensor]", *, name: str, **rest: Any) -> "Tensor": ...
-
-    @abstractmethod
-    def constant(self, name: str, value: Any, dtype: ir.DataType) -> "Tensor": ...
 
     @abstractmethod
     def external(
