@@ -96,8 +96,11 @@ class RankWeights:
         self.coordinates = [plan.coordinates(rank) for rank in range(plan.degrees.world)]
         self._places: list[dict[str, _Place]] = []
         for stage in stages_of(plan):
-            (emitted, *_) = emit_stage(
-                plan, stage, precision=artifact.precision, capacity=artifact.capacity, options=artifact.options
+            # Ranks of other experts lay their data out alike.
+            emitted = next(
+                emit_stage(
+                    plan, stage, precision=artifact.precision, capacity=artifact.capacity, options=artifact.options
+                )
             )
             ranks = plan.stage_ranks(stage.number)
             self._places += [_places(artifact, artifact.graphs[rank], emitted) for rank in ranks]

@@ -67,7 +67,7 @@ def operation_names(plan: Plan, spec: Spec, options: GraphOptions) -> list[tuple
     """
     found: list[tuple[str, ...]] = []
     for stage in stages_of(plan):
-        graph, *_ = emit_stage(plan, stage, precision=spec.build.precision, capacity=1, options=options)
+        graph = next(emit_stage(plan, stage, precision=spec.build.precision, capacity=1, options=options))
         joined = tuple(f"{name.rpartition('.')[0]}/" for name, parts in graph.weights.items() if len(parts) > 1)
         found.append(tuple(name for name in graph.operations if not name.startswith(joined)))
     return found

@@ -8,8 +8,9 @@ All ranks of a tensor group have the same graph, but for the rank in its metadat
 elsewhere on the expert axis have the same but for the numbers of their experts and of the ranks that they add up with.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def export_graphs(
     data: dict[Path, FileEntry] = {}
     for stage in stages_of(plan):
         ranks = plan.stage_ranks(stage.number)
-        graphs = emit_stage(plan, stage, precision=precision, capacity=capacity, options=options)
+        graphs = tuple(emit_stage(plan, stage, precision=precision, capacity=capacity, options=options))
         own = [graph_path(folder, rank, stage.number) for rank in ranks]
         for rank, graph, path in zip(ranks, graphs, own, strict=True):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,16 +130,14 @@ def export_graphs(
 
 def emit_stage(
     plan: Plan, stage: Stage, *, precision: str, capacity: int, options: GraphOptions
-) -> tuple[RankGraph, ...]:
-    """The graph of each rank of a stage; those of one tensor group are the same object."""
+) -> Iterator[RankGraph]:
+    """The graph of each rank of a stage, made when it is asked for; those of one tensor group are the same object."""
     degrees = {"expert": plan.degrees.expert, "tensor": plan.degrees.tensor}
-    graphs = [
-        emit_graph(
+    for expert in range(plan.degrees.expert):
+        graph = emit_graph(
             stage, precision=precision, capacity=capacity, degrees=degrees, options=options, ranks={"expert": expert}
         )
-        for expert in range(plan.degrees.expert)
-    ]
-    return tuple(graph for graph in graphs for _ in range(plan.degrees.tensor))
+        yield from repeat(graph, plan.degrees.tensor)
 
 
 def emit_graph(
