@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import archwright.compiler.distributed.ring  # noqa: F401  registers the operator that is named below
+from archwright.compiler.distributed.ring import RING_ATTENTION
 from archwright.spec.models import Recompute
 
 _aten, _collectives = torch.ops.aten, torch.ops._c10d_functional
@@ -18,7 +18,7 @@ KEPT: dict[str, tuple[Any, ...]] = {
         _aten._scaled_dot_product_flash_attention_for_cpu.default,
         _aten._scaled_dot_product_efficient_attention.default,
         _aten._scaled_dot_product_cudnn_attention.default,
-        torch.ops.archwright.ring_attention.default,
+        RING_ATTENTION,
     ),
     "linear": (
         _aten.mm.default,

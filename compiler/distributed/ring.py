@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup, distributed_c10d
 
 Tensor = torch.Tensor
 _aten = torch.ops.aten
+# torch's own way back from the name that an operator can carry; its type stubs leave it out.
 _group_called: Callable[[str], ProcessGroup] = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009
 
 
@@ -192,3 +193,5 @@ def _backward(ctx: Any, grad_BNSH: Tensor, _: Tensor | None) -> Any:
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
+RING_ATTENTION = torch.ops.archwright.ring_attention.default
+"""The operator as graphs have it, for what says which values are kept."""
