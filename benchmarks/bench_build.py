@@ -100,20 +100,22 @@ def planned_sizes(preset: str, tensor: int) -> list[int]:
     return [rank["weights_bytes"] for rank in json.loads(answer)["memory"]["per_rank"]]
 
 
-def build_once(folder: Path, preset: str, tensor: int) -> dict[str, float | int]:
-    """One build, and the artifact's bytes; it is removed."""
+def build_once(folder: Path, preset: str, settings: list[str]) -> dict[str, float | int]:
+    """One build, and the artifact's bytes; it is removed. settings: words of the command line."""
     out = folder / "artifact"
     build_s, cpu_s, peak_bytes = measured(
-        [str(ARCHWRIGHT), "build", f"preset:{preset}", "--to", "onnx", "-o", str(out), *build_settings(tensor)]
+        [str(ARCHWRIGHT), "build", f"preset:{preset}", "--to", "onnx", "-o", str(out), *settings]
     )
-    details = json.loads((out / "manifest.json").read_text())["measured"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    measurements = manifest["measured"]
     num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     shutil.rmtree(out)
     return {
+        "parameters": manifest["details"]["num_parameters"],
         "build_s": round(build_s, 2),
         "processor_s": round(cpu_s, 2),
-        "export_s": round(details["export_s"], 2),
-        "verify_s": round(details["verify_s"], 2),
+        "export_s": round(measurements["export_s"], 2),
+        "verify_s": round(measurements["verify_s"], 2),
         "peak_anonymous_bytes": peak_bytes,
         "artifact_bytes": num_bytes,
     }
@@ -148,7 +150,7 @@ def main() -> None:
         for _ in range(chosen.repeats):
             first_writes_s.append(plain_write(folder, sizes))
             writes_s.append(plain_write(folder, sizes))
-            runs.append(build_once(folder, chosen.preset, chosen.tensor))
+            runs.append(build_once(folder, chosen.preset, build_settings(chosen.tensor)))
     record = {
         "date": date.today().isoformat(),
         "command": f"bench_build.py --preset {chosen.preset} --tensor {chosen.tensor} --repeats {chosen.repeats}",

@@ -11,35 +11,12 @@ beside the time, since other work on the machine does not count there.
 import argparse
 import json
 import platform
-import shutil
 import tempfile
 from datetime import date
 from importlib import metadata
 from pathlib import Path
 
-from bench_build import ARCHWRIGHT, RESULTS, build_settings, hardware, measured
-
-
-def build_once(folder: Path, preset: str, tensor: int, group_size: int) -> dict[str, object]:
-    """One build and what it wrote; the artifact is removed."""
-    out = folder / "artifact"
-    rules = f"build.quantize={{rules: [{{kind: int4, group_size: {group_size}}}]}}"
-    settings = [*build_settings(tensor), "--set", rules]
-    build_s, cpu_s, peak_bytes = measured(
-        [str(ARCHWRIGHT), "build", f"preset:{preset}", "--to", "onnx", "-o", str(out), *settings]
-    )
-    manifest = json.loads((out / "manifest.json").read_text())
-    num_bytes = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
-    shutil.rmtree(out)
-    return {
-        "parameters": manifest["details"]["num_parameters"],
-        "build_s": round(build_s, 2),
-        "processor_s": round(cpu_s, 2),
-        "export_s": round(manifest["measured"]["export_s"], 2),
-        "verify_s": round(manifest["measured"]["verify_s"], 2),
-        "peak_anonymous_bytes": peak_bytes,
-        "artifact_bytes": num_bytes,
-    }
+from bench_build import RESULTS, build_once, build_settings, hardware
 
 
 def main() -> None:
@@ -49,9 +26,10 @@ def main() -> None:
     arguments.add_argument("--group-size", type=int, default=128)
     arguments.add_argument("--folder", type=Path, help="where to write")
     chosen = arguments.parse_args()
+    rules = f"build.quantize={{rules: [{{kind: int4, group_size: {chosen.group_size}}}]}}"
     machine = hardware()
     with tempfile.TemporaryDirectory(prefix="archwright-quantize-", dir=chosen.folder) as name:
-        run = build_once(Path(name), chosen.preset, chosen.tensor, chosen.group_size)
+        run = build_once(Path(name), chosen.preset, [*build_settings(chosen.tensor), "--set", rules])
     record = {
         "date": date.today().isoformat(),
         "command": f"bench_quantize.py --preset {chosen.preset} --tensor {chosen.tensor} "
