@@ -17,7 +17,7 @@ from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_
 from archwright.compiler.weights.folder import open_folder
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, is_artifact, seal
-from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
+from archwright.runtime.backends.onnxruntime_sessions import load_onnxruntime
 from archwright.runtime.build_progress import Reporter
 from archwright.runtime.engine_building import build_engines, engine_builder
 from archwright.runtime.quantization.preparation import prepare, quantization_measured

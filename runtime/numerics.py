@@ -40,17 +40,19 @@ class Comparison:
         return self.error <= self.tolerance
 
 
-def compare(backend: AnyBackend, program: Program, weights: Weights) -> Iterator[Comparison]:
+def compare(
+    backend: AnyBackend, program: Program, weights: Weights, precision: str = "float32"
+) -> Iterator[Comparison]:
     """Run a back end and the oracle on the same tokens: whole sequences; prefill and decode steps at uneven lengths
     in one batch; and the last rows of the cache, where positions are longest and a write one row too far would be
     lost.
 
-    The oracle computes whole sequences without a cache, so it shares no cache logic with what it judges. The graphs
-    compute in float32 whatever their weights are (`targets.retype`), so one tolerance serves every precision. Where
+    The oracle computes whole sequences without a cache, so it shares no cache logic with what it judges. precision:
+    that the back end computes in; on a CPU float32, whatever the weights are (`targets.retype`). Where
     inputs are rounded to 8-bit floats, a last bit decides between two neighbours: there the oracle takes the target's
     choice where it is as near, and the back end must be an `ExposingBackend`.
     """
-    oracle = _Oracle(program, weights, backend)
+    oracle = _Oracle(program, weights, backend, precision)
     rows = min(ROWS, backend.max_batch or ROWS)
     total = min(PROMPT + DECODE_STEPS, backend.capacity)
     ids_BT = np.random.default_rng(0).integers(0, program.vocab_size, (rows, total))
@@ -72,9 +74,10 @@ def compare(backend: AnyBackend, program: Program, weights: Weights) -> Iterator
 class _Oracle:
     """The oracle beside a back end, whose rounding to 8-bit floats it follows where there is any."""
 
-    def __init__(self, program: Program, weights: Weights, backend: AnyBackend) -> None:
+    def __init__(self, program: Program, weights: Weights, backend: AnyBackend, precision: str) -> None:
         self.program = program
-        self.tolerance = TOLERANCES["onnxruntime", "float32"]
+        self.tolerance = TOLERANCES["onnxruntime", precision]
+        self._precision = precision
         self.note = ""
         self._arrays = {name: weights.read(name) for name in program.params()}
         self._backend = backend if isinstance(backend, ExposingBackend) else None
@@ -89,7 +92,7 @@ class _Oracle:
         float32: ROUNDING times that is allowed, if torch's float64 is the oracle's, so that the difference is rounding
         alone. Not where the oracle follows a target's rounding.
         """
-        if error <= self.tolerance or self.follows or not np.isfinite(error):
+        if error <= self.tolerance or self.follows or self._precision != "float32" or not np.isfinite(error):
             return
         exact, single = (
             torch_error(self.program, self._arrays, ids_BT, expected_BTV, p) for p in ("float64", "float32")

@@ -27,12 +27,8 @@ from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, GraphOp
 from archwright.compiler.weights.streaming import Weights
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import AnyBackend
-from archwright.runtime.backends.onnxruntime_backend import (
-    bucketed,
-    open_artifact_graphs,
-    open_session,
-    session_options,
-)
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, bucketed, open_artifact_graphs
+from archwright.runtime.backends.onnxruntime_sessions import open_session, session_options
 from archwright.spec import Spec
 
 Array = NDArray[Any]
@@ -171,7 +167,8 @@ class OnnxRun(Recorder):
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        super().__init__(open_artifact_graphs(artifact))
+        self.graphs: OnnxRuntimeBackend = open_artifact_graphs(artifact)
+        super().__init__(self.graphs)
         names = operation_names(artifact.plan, artifact.spec, artifact.options)
         self._stages = [_StageRun(artifact, stage, own) for stage, own in enumerate(names)]
         self._asks_one = artifact.options.logits == "last"
@@ -182,7 +179,7 @@ class OnnxRun(Recorder):
         index_B = (length - 1 - np.arange(batch)) % length if self._asks_one else None
         return replace(
             call,
-            visible=bucketed(call.visible, capacity),
+            visible=self.graphs.num_handed(length, call.write_index_B, call.visible),
             new_cache=bucketed(call.new_cache, capacity),
             index_B=index_B,
         )

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,8 @@ from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights, Weights
 from archwright.runtime.artifact import SEAL, Artifact, escapes, external_data, read_artifact_manifest, seal
 from archwright.runtime.backends.exposing import ExposingBackend
-from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, load_onnxruntime, open_artifact_graphs
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, open_artifact_graphs
+from archwright.runtime.backends.onnxruntime_sessions import Place, cuda_problem, load_onnxruntime
 from archwright.runtime.engines.opening import find_engines, has_engines
 from archwright.runtime.numerics import Comparison, compare
 from archwright.runtime.quantization.quality import Quality
@@ -41,7 +42,8 @@ LARGE = 1 << 26
 more.
 """
 
-Result = Literal["ok", "failed", "not done"]
+Result = Literal["ok", "failed", "not done", "skipped"]
+"""not done: since an earlier check failed. skipped: what this machine cannot do, with the reason."""
 Progress = Callable[[str], None]
 
 
@@ -68,7 +70,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        return all(check.result == "ok" for check in self.checks)
+        return all(check.result in ("ok", "skipped") for check in self.checks)
 
     def problems(self) -> list[str]:
         """`CODE sentence` of everything that is wrong."""
@@ -137,8 +139,13 @@ def content_checks(
     try:
         detail = ", reduced spec" if scope == "reduced" else ""
         detail += f", {_run_as(artifact.spec)}" if artifact.spec.build.target == "tensorrt" else ""
-        for comparison in _numbers(held):
-            yield _compared(comparison, detail)
+        with computable(held.artifact) as small:
+            weights = held.weights if small is held.artifact else RankWeights(small)
+            for comparison in compare(_backend(small), small.program, weights):
+                yield _compared(comparison, detail)
+            if cuda_problem() is None:
+                progress("comparing numbers with the oracle, on the GPU")
+                yield from _gpu_checks(small, weights)
     except Exception as error:  # ONNX Runtime's exceptions have no class of their own but Exception
         yield _check("numbers", "VERIFY007", [_reason(error)])
 
@@ -253,15 +260,30 @@ def _weights(held: _Held, source: Weights | None) -> Iterator[str]:
         yield from differing_source(weights, source, sample=sample)
 
 
-def _numbers(held: _Held) -> Iterator[Comparison]:
-    with computable(held.artifact) as small:
-        weights = held.weights if small is held.artifact else RankWeights(small)
-        yield from compare(_backend(small), small.program, weights)
+def _gpu_checks(artifact: Artifact, weights: Weights) -> Iterator[Check]:
+    """The same graphs through ONNX Runtime's CUDA provider, in their own precision."""
+    if rounds_inputs(artifact.program):
+        yield _skipped("GPU", "its roundings to 8 bits are followed on the CPU alone")
+        return
+    try:
+        backend = open_artifact_graphs(artifact, Place(gpu=0))
+    except ArchwrightError as error:
+        if error.code != "RUN025":
+            raise
+        yield _skipped("GPU", error.message)
+        return
+    for comparison in compare(backend, artifact.program, weights, artifact.precision):
+        yield _compared(replace(comparison, name=f"GPU, {comparison.name}"), f", {artifact.precision}")
 
 
 def _backend(artifact: Artifact) -> OnnxRuntimeBackend:
     if rounds_inputs(artifact.program):
-        return ExposingBackend(artifact.path, artifact.plan, max_batch=artifact.max_batch)
+        return ExposingBackend(
+            artifact.path,
+            artifact.plan,
+            max_batch=artifact.max_batch,
+            grouped=artifact.dialect.target == "onnxruntime",
+        )
     return open_artifact_graphs(artifact)
 
 
@@ -306,6 +328,10 @@ def _check(name: str, code: str, problems: Iterable[str], detail: str = "") -> C
 
 def _not_done(name: str, code: str) -> Check:
     return Check(name=name, code=code, result="not done")
+
+
+def _skipped(name: str, reason: str) -> Check:
+    return Check(name=name, code="VERIFY007", result="skipped", detail=reason)
 
 
 def _compared(comparison: Comparison, detail: str) -> Check:

@@ -18,7 +18,8 @@ from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.portable_form import as_portable
 from archwright.compiler.targets.retype import as_float32
 from archwright.runtime.backends.base import Ids, Logits
-from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, OrtCache, open_joined
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, OrtCache
+from archwright.runtime.backends.onnxruntime_sessions import open_joined
 
 Array = NDArray[Any]
 ROUNDED = "/round_to_float8"
@@ -27,8 +28,11 @@ ROUNDED = "/round_to_float8"
 
 @dataclass(frozen=True, kw_only=True)
 class RoundedCall:
-    """What one call rounded. index_B: of the token of each row that graphs of one token's logits end with."""
+    """What one call rounded. first_row: of the cache, of those that were computed. index_B: of the token of each row
+    that graphs of one token's logits end with.
+    """
 
+    first_row: int
     positions_BS: Ids
     index_B: Ids
     values: list[Array] = field(default_factory=list[Array])
@@ -48,12 +52,13 @@ class RoundedValues:
 
     def gathered(self, length: int) -> list[Array]:
         """One array for each rounding of the Program, in its order; a later call replaces an earlier one."""
-        first = self.calls[0].values
-        found = [np.full((len(array), length, array.shape[-1]), np.nan) for array in first]
+        batch = max(call.first_row + len(call.positions_BS) for call in self.calls)
+        found = [np.full((batch, length, array.shape[-1]), np.nan) for array in self.calls[0].values]
         for call in self.calls:
             for target, array in zip(found, call.values, strict=True):
                 positions_BT = call.positions_of(array)
-                rows_BT = np.broadcast_to(np.arange(len(array))[:, None], positions_BT.shape)
+                rows_B1 = call.first_row + np.arange(len(array))[:, None]
+                rows_BT = np.broadcast_to(rows_B1, positions_BT.shape)
                 kept = positions_BT < length
                 target[rows_BT[kept], positions_BT[kept]] = array[kept]
         return found
@@ -62,7 +67,7 @@ class RoundedValues:
 class ExposingBackend(OnnxRuntimeBackend):
     """The rank graphs of a plan, joined and in float32; `rounded` has what the calls since `begin` rounded."""
 
-    def __init__(self, folder: Path, plan: Plan, *, max_batch: int | None) -> None:
+    def __init__(self, folder: Path, plan: Plan, *, max_batch: int | None, grouped: bool) -> None:
         stages = [plan.stage_ranks(stage) for stage in range(len(plan.stages))]
         models = [as_float32(as_portable(merge_ranks(folder, stage=s, ranks=ranks))) for s, ranks in enumerate(stages)]
         names = [[node.output[0] for node in m.graph.node if node.output[0].endswith(ROUNDED)] for m in models]
@@ -78,6 +83,7 @@ class ExposingBackend(OnnxRuntimeBackend):
         super().__init__(
             [open_joined(model.SerializeToString(), folder) for model in models],
             max_batch=max_batch,
+            grouped=grouped,
             description="ONNX Runtime, CPU, float32, rounded inputs read",
             more=[
                 [f"rank{rank}/{name}" for name in own for rank in ranks]
@@ -90,11 +96,19 @@ class ExposingBackend(OnnxRuntimeBackend):
         """Forget what was rounded."""
         self.rounded = RoundedValues()
 
-    def _run(
-        self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
+    def _call(
+        self,
+        cache: OrtCache,
+        row: int | None,
+        ids_BS: Ids,
+        positions_BS: Ids,
+        write_index_B: Ids,
+        visible: int,
+        index_B: Ids,
     ) -> Logits:
-        self.rounded.calls.append(RoundedCall(positions_BS=np.array(positions_BS), index_B=np.array(index_B)))
-        return super()._run(cache, ids_BS, positions_BS, write_index_B, visible, index_B)
+        positions, index = np.array(positions_BS), np.array(index_B)
+        self.rounded.calls.append(RoundedCall(first_row=row or 0, positions_BS=positions, index_B=index))
+        return super()._call(cache, row, ids_BS, positions_BS, write_index_B, visible, index_B)
 
     def _seen(self, stage: int, values: Sequence[Any]) -> None:
         arrays, widths = [value.numpy() for value in values], self._widths[stage]

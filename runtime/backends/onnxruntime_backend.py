@@ -1,9 +1,11 @@
-"""Artifacts through ONNX Runtime on the CPU. B batch, S sequence, L visible cache positions, V vocabulary."""
+"""Artifacts through ONNX Runtime, on the CPU or on one GPU.
+
+B batch, S sequence, L visible cache positions, V vocabulary, K key/value heads, P cache capacity, H head_dim.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -15,37 +17,33 @@ from archwright.compiler.targets.retype import as_float32
 from archwright.compiler.targets.stages import HIDDEN, IDS, LOGIT_INDEX, LOGITS, result_name
 from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import Backend, Ids, Logits
+from archwright.runtime.backends.onnxruntime_sessions import (
+    CPU,
+    Place,
+    cuda_problem,
+    load_onnxruntime,
+    open_joined,
+    open_session,
+    session_options,
+)
 from archwright.spec import ArchwrightError
 
 BUCKET = 64
 """The visible positions L grow in these steps: a decode step costs O(L), and shapes rarely change."""
 
 
-def load_onnxruntime() -> ModuleType:
-    """Raises ArchwrightError RUN023 where ONNX Runtime is not installed or does not load."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        missing = isinstance(error, ModuleNotFoundError) and error.name == "onnxruntime"
-        found = "it is not installed" if missing else f"it does not load: {error}"
-        raise ArchwrightError(
-            "RUN023",
-            f"graphs run on ONNX Runtime, and {found}",
-            help='pip install "archwright[cpu]"; a run or a model folder runs without it, on PyTorch',
-        ) from error
-    return onnxruntime
-
-
-@dataclass(frozen=True)
+@dataclass
 class OrtCache:
-    """Caches bound once as input and as output of their stage's graph, so that it updates them where they lie.
+    """Caches bound as input and as output of their stage's graph, so that it updates them where they lie.
 
     Two different OrtValues would make ONNX Runtime copy every cache at every step. bindings: of each stage.
     """
 
     bindings: tuple[Any, ...]
     values: dict[str, Any]
-    """Input name (`past.0.key`), of all stages → OrtValue."""
+    """Input name (`past.0.key`), of all stages → OrtValue [B, K, P, H]."""
+    bound: int | None = -1
+    """The row that the inputs are bound to, None for all; -1 before the first call."""
 
     def pointers(self) -> dict[str, int]:
         """Addresses of the caches: they never change."""
@@ -64,21 +62,25 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
         max_batch: int | None,
         description: str,
         gathered_bytes: int = 0,
+        grouped: bool = False,
+        place: Place = CPU,
         more: Sequence[Sequence[str]] = (),
     ) -> None:
-        """gathered_bytes: what the graphs copy of experts' weights for each token of a call. more: of each stage the
-        outputs that `_seen` is told of besides.
+        """gathered_bytes: what the graphs copy of experts' weights for each token of a call. grouped: they have
+        GroupQueryAttention. more: of each stage the outputs that `_seen` is told of besides.
         """
         self._ort = load_onnxruntime()
         self._sessions = tuple(sessions)
-        self._inputs = [{item.name: item.shape for item in session.get_inputs()} for session in sessions]
-        self._caches = [{name: shape for name, shape in each.items() if "past." in name} for each in self._inputs]
+        self._inputs = [{item.name: item for item in session.get_inputs()} for session in sessions]
+        self._caches = [{name: item for name, item in each.items() if "past." in name} for each in self._inputs]
         self._takes_index = LOGIT_INDEX in self._inputs[-1]
         self._gathered_bytes = gathered_bytes
+        self._grouped = grouped
+        self._place = place
         self._more = more or [()] * len(self._sessions)
         (logits,) = (output for output in sessions[-1].get_outputs() if output.name == LOGITS)
         self.vocab_size = logits.shape[2]
-        self.capacity = next(iter(self._caches[0].values()))[2]
+        self.capacity = next(iter(self._caches[0].values())).shape[2]
         self.max_batch = max_batch
         self.description = description
 
@@ -88,15 +90,12 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
 
     def new_cache(self, batch: int, positions: int) -> OrtCache:
         assert positions <= self.capacity, "the caches of a graph have one size"
-        bindings = tuple(session.io_binding() for session in self._sessions)
         values: dict[str, Any] = {}
-        for binding, caches in zip(bindings, self._caches, strict=True):
-            for name, (_, kv_heads, capacity, head_dim) in caches.items():
+        for caches in self._caches:
+            for name, item in caches.items():
                 # Zeros, not fresh memory: a masked position has weight 0, but 0 · NaN would be NaN.
-                zeros = np.zeros((batch, kv_heads, capacity, head_dim), np.float32)
-                values[name] = self._ort.OrtValue.ortvalue_from_numpy(zeros)
-                binding.bind_ortvalue_input(name, values[name])
-        return OrtCache(bindings, values)
+                values[name] = self._place.zeros((batch, *item.shape[1:]), item.type)
+        return OrtCache(tuple(session.io_binding() for session in self._sessions), values)
 
     def forward(self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int) -> Logits:
         """Graphs that give the logits of one token a row are run token by token here."""
@@ -117,17 +116,47 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             return super().forward_last(cache, ids_BS, positions_BS, write_index_B, visible, index_B)
         return self._run(cache, ids_BS, positions_BS, write_index_B, visible, index_B)[:, 0]
 
+    def num_handed(self, length: int, write_index_B: Ids, visible: int) -> int:
+        """L: the cache rows that a step of `length` tokens is handed, at least the visible ones. GroupQueryAttention
+        knows several rows that begin by L = S.
+        """
+        if self._grouped and length > 1 and len(write_index_B) > 1:
+            return length
+        return bucketed(visible, self.capacity)
+
     def _run(
         self, cache: OrtCache, ids_BS: Ids, positions_BS: Ids, write_index_B: Ids, visible: int, index_B: Ids
     ) -> Logits:
-        """One call of every stage."""
+        """GroupQueryAttention takes later pieces of several tokens row by row."""
+        batch, length = ids_BS.shape
+        if not (self._grouped and batch > 1 and length > 1 and write_index_B.any()):
+            return self._call(cache, None, ids_BS, positions_BS, write_index_B, visible, index_B)
+        each = [slice(row, row + 1) for row in range(batch)]
+        rows = [
+            self._call(cache, row, ids_BS[at], positions_BS[at], write_index_B[at], visible, index_B[at])
+            for row, at in enumerate(each)
+        ]
+        return np.concatenate(rows)
+
+    def _call(
+        self,
+        cache: OrtCache,
+        row: int | None,
+        ids_BS: Ids,
+        positions_BS: Ids,
+        write_index_B: Ids,
+        visible: int,
+        index_B: Ids,
+    ) -> Logits:
+        """One call of every stage, for one row of the cache or all of them."""
         feeds = {
             IDS: ids_BS,
             "position_ids": positions_BS,
             "write_index": write_index_B,
-            "kv_positions": np.arange(bucketed(visible, self.capacity)),
+            "kv_positions": np.arange(self.num_handed(ids_BS.shape[1], write_index_B, visible)),
             LOGIT_INDEX: index_B,
         }
+        rebind, cache.bound = cache.bound != row, row
         result: Any = None
         for number, (session, binding, inputs) in enumerate(
             zip(self._sessions, cache.bindings, self._inputs, strict=True)
@@ -138,38 +167,71 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
                 binding.bind_ortvalue_input(HIDDEN, result)
             # The result's shape changes; outputs of an earlier call would be written again.
             binding.clear_binding_outputs()
-            binding.bind_output(result_name(number, len(self._sessions)))
+            is_last = number == len(self._sessions) - 1
+            place = CPU if is_last else self._place
+            binding.bind_output(result_name(number, len(self._sessions)), place.kind, place.index)
             for name in self._more[number]:
                 binding.bind_output(name)
             for name in self._caches[number]:
-                binding.bind_ortvalue_output(name.replace("past.", "present."), cache.values[name])
+                self._bind_cache(binding, name, cache.values[name], row, rebind)
             session.run_with_iobinding(binding)
             result, *more = binding.get_outputs()[: 1 + len(self._more[number])]
             self._seen(number, more)
         return result.numpy()
 
+    def _bind_cache(self, binding: Any, name: str, value: Any, row: int | None, rebind: bool) -> None:
+        """Bind a cache, or one row of it, as its own update."""
+        updated = name.replace("past.", "present.")
+        if row is None:
+            if rebind:
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_ortvalue_output(updated, value)
+            return
+        batch, *rest = value.shape()
+        pointer = value.data_ptr() + row * (value.tensor_size_in_bytes() // batch)
+        described = (self._place.kind, self._place.index, value.element_type(), (1, *rest), pointer)
+        binding.bind_input(name, *described)
+        binding.bind_output(updated, *described)
+
     def _seen(self, stage: int, values: Sequence[Any]) -> None:
         """Told of what a stage gave of its `more` outputs."""
 
 
-def bucketed(visible: int, capacity: int) -> int:
-    """L: the cache rows that a step is handed, at least the visible ones."""
-    return min(capacity, -(-visible // BUCKET) * BUCKET)
-
-
 def open_onnxruntime(artifact: Artifact, device: str, precision: str) -> OnnxRuntimeBackend:
-    """Open the graphs of an artifact. Raises ArchwrightError RUN021 to RUN023."""
-    if device not in ("auto", "cpu"):
-        help = "use auto or cpu; a run or a model folder runs on a GPU, through PyTorch"
-        raise ArchwrightError("RUN021", f"artifacts do not run on `{device}`", where=str(artifact.path), help=help)
+    """Open the graphs of an artifact.
+
+    device: auto | cpu | cuda | cuda:N; auto is the GPU where ONNX Runtime can use one and has kernels for all of the
+    graphs' operators, else the CPU. Raises ArchwrightError RUN016, RUN021 to RUN023, RUN025.
+    """
     if precision not in ("auto", artifact.precision):
         help = f"leave the precision out, or build with build.precision={precision}"
         message = f"the artifact is {artifact.precision}, not {precision}"
         raise ArchwrightError("RUN022", message, where=str(artifact.path), help=help)
-    return open_artifact_graphs(artifact)
+    if device == "cpu":
+        return open_artifact_graphs(artifact)
+    if device == "auto":
+        if cuda_problem() is not None:
+            return open_artifact_graphs(artifact)
+        try:
+            return open_artifact_graphs(artifact, Place(gpu=0))
+        except ArchwrightError as error:
+            if error.code != "RUN025":
+                raise
+            opened = open_artifact_graphs(artifact)
+            opened.description += f"; not on the GPU: {error.message}"
+            return opened
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or device.endswith(":"):
+        help = "use auto, cpu, cuda or cuda:N"
+        raise ArchwrightError("RUN021", f"artifacts do not run on `{device}`", where=str(artifact.path), help=help)
+    problem = cuda_problem(int(number or 0))
+    if problem is not None:
+        message = f"artifacts do not run on `{device}` here: {problem}"
+        raise ArchwrightError("RUN021", message, where=str(artifact.path), help="use auto or cpu")
+    return open_artifact_graphs(artifact, Place(gpu=int(number or 0)))
 
 
-def open_artifact_graphs(artifact: Artifact) -> OnnxRuntimeBackend:
+def open_artifact_graphs(artifact: Artifact, place: Place = CPU) -> OnnxRuntimeBackend:
     """The same without questions of device and precision: also for a folder that has only the graphs."""
     return open_graphs(
         artifact.path,
@@ -179,6 +241,7 @@ def open_artifact_graphs(artifact: Artifact) -> OnnxRuntimeBackend:
         max_batch=artifact.max_batch,
         gathered_bytes=artifact.gathered_bytes,
         target=artifact.dialect.target,
+        place=place,
     )
 
 
@@ -191,53 +254,41 @@ def open_graphs(
     max_batch: int | None = None,
     gathered_bytes: int = 0,
     target: str = "portable",
+    place: Place = CPU,
 ) -> OnnxRuntimeBackend:
-    """Open the rank graphs in `folder`: of each stage one float32 rank as the file itself, anything else as one joined
-    float32 graph.
+    """Open the rank graphs in `folder`: of each stage one rank as the file itself, anything else as one joined graph.
 
-    ranks: in all; each of the `stages` has equally many. gathered_bytes: see `OnnxRuntimeBackend`. target: of their
-    dialect; what only TensorRT has is said in ONNX Runtime's words (`targets.portable_form`).
+    A CPU computes in float32, whatever the precision of the weights; a GPU computes as the graph says. ranks: in all;
+    each of the `stages` has equally many. gathered_bytes: see `OnnxRuntimeBackend`. target: of their dialect; what only
+    TensorRT has is said in ONNX Runtime's words (`targets.portable_form`).
     """
     ort = load_onnxruntime()
-    title = f"ONNX Runtime {ort.__version__}, CPU, {ranks} rank{'s' if ranks > 1 else ''}"
+    title = f"ONNX Runtime {ort.__version__}, {place}, {ranks} rank{'s' if ranks > 1 else ''}"
     each = ranks // stages
     title += f" in {stages} stages" if stages > 1 else ""
     title += " joined" if each > 1 else ""
-    title += ", float32" if precision == "float32" else f", {precision} weights computed in float32"
+    widened = place == CPU and precision != "float32"
+    title += f", {precision} weights computed in float32" if widened else f", {precision}"
     rewritten = target == "tensorrt"
     title += ", TensorRT's operators in portable form" if rewritten else ""
-    as_files = each == 1 and precision == "float32" and not rewritten
     sessions: list[Any] = []
     for stage in range(stages):
-        if as_files:
-            sessions.append(open_session(str(graph_path(folder, stage, stage)), session_options(), folder))
+        if each == 1 and not widened and not rewritten:
+            sessions.append(open_session(str(graph_path(folder, stage, stage)), session_options(), folder, place))
             continue
-        joined = merge_ranks(folder, stage=stage, ranks=range(stage * each, (stage + 1) * each))
-        sessions.append(open_joined(as_float32(as_portable(joined)).SerializeToString(), folder))
-    return OnnxRuntimeBackend(sessions, max_batch=max_batch, description=title, gathered_bytes=gathered_bytes)
+        joined = as_portable(merge_ranks(folder, stage=stage, ranks=range(stage * each, (stage + 1) * each)))
+        joined = as_float32(joined) if widened else joined
+        sessions.append(open_joined(joined.SerializeToString(), folder, place))
+    return OnnxRuntimeBackend(
+        sessions,
+        max_batch=max_batch,
+        description=title,
+        gathered_bytes=gathered_bytes,
+        grouped=target == "onnxruntime",
+        place=place,
+    )
 
 
-def session_options() -> Any:
-    options = load_onnxruntime().SessionOptions()
-    # By default a product with few-bit weights rounds its other factor to 8 bits, without a word in the graph.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    return options
-
-
-def open_joined(source: bytes, folder: Path) -> Any:
-    """A session over a graph made in memory, which has no place of its own: its weights are looked for from `folder`.
-
-    Raises ArchwrightError RUN016.
-    """
-    options = session_options()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder.resolve()))
-    return open_session(source, options, folder)
-
-
-def open_session(source: str | bytes, options: Any, folder: Path) -> Any:
-    """A session over a graph that comes from `folder`. Raises ArchwrightError RUN016 where it is refused."""
-    try:
-        return load_onnxruntime().InferenceSession(source, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime raises its own classes, which derive from Exception alone
-        message, help = f"ONNX Runtime refuses the graph: {error}", "`archwright verify` says which file is wrong"
-        raise ArchwrightError("RUN016", message, where=str(folder), help=help) from error
+def bucketed(visible: int, capacity: int) -> int:
+    """`visible` in steps of BUCKET."""
+    return min(capacity, -(-visible // BUCKET) * BUCKET)

@@ -19,7 +19,7 @@ import archwright.trainers.data_verb
 import archwright.trainers.training
 from archwright.compiler.ir import Degrees
 from archwright.compiler.weights.folder import checkpoints, newest_checkpoint
-from archwright.runtime.backends.onnxruntime_backend import load_onnxruntime
+from archwright.runtime.backends.onnxruntime_sessions import load_onnxruntime
 from archwright.runtime.text.tokenizer import open_tokenizer
 from archwright.spec import ArchwrightError, files, load
 from archwright.spec.cli import main as archwright

@@ -110,7 +110,7 @@ def onnx_error(subject: Subject, degree: int) -> float:
     plan, precision, capacity = build_plan(spec), build.precision, min(40, spec.model.max_positions)
     export_graphs(plan, subject.weights(), folder, precision=precision, capacity=capacity)
     if rounds_inputs(subject.program):
-        backend: Any = ExposingBackend(folder, plan, max_batch=None)
+        backend: Any = ExposingBackend(folder, plan, max_batch=None, grouped=False)
     else:
         backend = open_graphs(folder, ranks=degree, precision=precision)
     oracle = TestWeights(tensors=subject.arrays)

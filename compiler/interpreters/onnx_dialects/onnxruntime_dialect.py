@@ -9,8 +9,10 @@ a residual sum and the norm behind it.
 The blocks' forward asks for heads, rotation, caches and attention one after another. Their portable nodes are made, and
 remembered by what they stand for; the last one then joins them into one operator, and what nothing needs is left out.
 
-Traps of GroupQueryAttention, found on the CPU with ONNX Runtime 1.32:
-  * without `query_seqlens` it refuses more than one token a row in more than one row, once there is a past;
+Traps of GroupQueryAttention, found with ONNX Runtime 1.31 and 1.32:
+  * it takes several tokens of several rows only where all of them begin an empty cache and L = S. Its input
+    `query_seqlens` would lift that, but 1.31 does not know it, and no later version runs on GPUs (2026-11-25);
+  * on GPUs it computes in half precision alone;
   * it takes heads of a multiple of 8, and turns those of a multiple of 16;
   * its tables have the type of q, and in half precision would round each cosine once more: there the rotation is an
     operator of its own, in float32.
@@ -104,7 +106,7 @@ class OnnxruntimeOps(LengthOps):
         tables = (None, None, None) if table is None else (*self._rotation(table), step.positions_BS)
         caches = [self.caches[path, name] for name in ("key", "value")]
         y_BSD = self._grouped(
-            [*inputs, *caches, *self._lengths(step), *tables, *[None] * 6, self._query_seqlens(step)],
+            [*inputs, *caches, *self._lengths(step), *tables],
             path,
             shape=(*values[0].flat.shape[:2], heads * head_dim),
             num_heads=heads,
@@ -191,17 +193,6 @@ class OnnxruntimeOps(LengthOps):
             return self.emit("Squeeze", [self._num_visible(positions_L)], name="total_sequence_length/L", shape=())
 
         return [self._narrow("seqlens_k", last), self._narrow("total_sequence_length", total)]
-
-    def _query_seqlens(self, step: Step[Tensor]) -> Tensor:
-        """[B]: S for every row: padding is computed too, as in the other dialects."""
-        index = step.write_index_B
-        assert index is not None, "exported graphs have a cache"
-
-        def made() -> Tensor:
-            batch = self.emit("Shape", [index], name="query_seqlens/batch", shape=(1,))
-            return self.emit("Expand", [self._sequence(step), batch], name="query_seqlens/rows", shape=index.shape)
-
-        return self._narrow("query_seqlens", made)
 
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         total = super().add(x, y)
