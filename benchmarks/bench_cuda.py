@@ -2,8 +2,8 @@
 
 For each shape, target and precision: the logits of a prefill at uneven lengths with decode steps behind it, against
 PyTorch in float32 on the same rounded weights, as are PyTorch's own in that precision; then the times of a prefill and
-of decode steps. Back ends alternate, and each ratio is the median over the passes. Caches are bound in place. Weights
-are drawn, and stored once for all targets of a precision.
+of decode steps. Both give the logits of last tokens alone. Back ends alternate, and each ratio is the median over the
+passes. Caches are bound in place. Weights are drawn, and stored once for all targets of a precision.
 
     python benchmarks/bench_cuda.py [--shapes 1b,8b] [--only 'onnxruntime bfloat16'] [--passes 5] [--output FOLDER]
 
@@ -165,7 +165,7 @@ def timed(ours: AnyBackend, theirs: AnyBackend, vocabulary: int, passes: int) ->
 def export(form: Form, shape: str, weights: HeldWeights, folder: Path, stored: Path | None) -> Path:
     """Write a form's graphs; where another of the same weights and degree is there, its data file serves both."""
     plan = plan_of(shape, form.tensor)
-    options = GraphOptions(dialect=Dialect(target=form.target))
+    options = GraphOptions(logits="last", dialect=Dialect(target=form.target))
     kept = weights if stored is None else None
     export_graphs(plan, kept, folder, precision=form.precision, capacity=CAPACITY, options=options)
     if stored is not None:

@@ -186,11 +186,17 @@ def check_onnxruntime() -> list[Finding]:
         return [Finding(name="onnxruntime", status="warning", found=found, fix=fix)]
     try:
         providers = importlib.import_module("onnxruntime").get_available_providers()
+        problem = importlib.import_module("archwright.runtime.backends.onnxruntime_sessions").cuda_problem()
     except Exception as error:  # as in _check_distribution
         fix = f"pip install --force-reinstall {installed[0]}"
         return [Finding(name="onnxruntime", status="warning", found=f"does not import: {error}", fix=fix)]
     found = f"{installed[0]} {_version(installed[0])}: {', '.join(providers)}"
-    return [Finding(name="onnxruntime", status="ok", found=found)]
+    findings = [Finding(name="onnxruntime", status="ok", found=found)]
+    if installed == ["onnxruntime-gpu"]:
+        found = f"cannot use a GPU: {problem}" if problem else "graphs run on the GPU"
+        fix = "install the CUDA and cuDNN that this version wants, or a driver for them" if problem else ""
+        findings.append(Finding(name="onnxruntime gpu", status="warning" if problem else "ok", found=found, fix=fix))
+    return findings
 
 
 def check_tensorrt() -> list[Finding]:

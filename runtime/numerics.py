@@ -23,7 +23,7 @@ DECODE_STEPS = 64
 ROWS = 3
 END_TOKENS = 8
 ROUNDING = 3
-"""How many times torch's error in float32 a graph's may be: sums are taken in another order."""
+"""How many times torch's error in the same precision a graph's may be: sums are taken in another order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,19 +87,19 @@ class _Oracle:
         return self._backend is not None
 
     def allow_for_rounding(self, error: float, ids_BT: Array, expected_BTV: Array) -> None:
-        """Some models turn the rounding of float32 into larger errors than others. Where the error is more than the
-        tolerance, it is held against what torch, which shares no code with the back end, makes of the same sequences in
-        float32: ROUNDING times that is allowed, if torch's float64 is the oracle's, so that the difference is rounding
-        alone. Not where the oracle follows a target's rounding.
+        """Some models turn rounding into larger errors than others. Where the error is more than the tolerance, it is
+        held against what torch, which shares no code with the back end, makes of the same sequences in the same
+        precision: ROUNDING times that is allowed, if torch's float64 is the oracle's, so that the difference is
+        rounding alone. Not where the oracle follows a target's rounding.
         """
-        if error <= self.tolerance or self.follows or self._precision != "float32" or not np.isfinite(error):
+        if error <= self.tolerance or self.follows or not np.isfinite(error):
             return
-        exact, single = (
-            torch_error(self.program, self._arrays, ids_BT, expected_BTV, p) for p in ("float64", "float32")
+        exact, rounded = (
+            torch_error(self.program, self._arrays, ids_BT, expected_BTV, p) for p in ("float64", self._precision)
         )
-        if exact <= TOLERANCES["torch", "float64"] and ROUNDING * single > self.tolerance:
-            self.tolerance = ROUNDING * single
-            self.note = f", where torch in float32 is off by {single:.1e}"
+        if exact <= TOLERANCES["torch", "float64"] and ROUNDING * rounded > self.tolerance:
+            self.tolerance = ROUNDING * rounded
+            self.note = f", where torch in {self._precision} is off by {rounded:.1e}"
 
     def begin(self) -> None:
         """Before the calls whose rounded values the next run follows."""

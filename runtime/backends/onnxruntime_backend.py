@@ -19,6 +19,7 @@ from archwright.runtime.artifact import Artifact
 from archwright.runtime.backends.base import Backend, Ids, Logits
 from archwright.runtime.backends.onnxruntime_sessions import (
     CPU,
+    ELEMENTS,
     Place,
     cuda_problem,
     load_onnxruntime,
@@ -172,26 +173,23 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             binding.bind_output(result_name(number, len(self._sessions)), place.kind, place.index)
             for name in self._more[number]:
                 binding.bind_output(name)
-            for name in self._caches[number]:
-                self._bind_cache(binding, name, cache.values[name], row, rebind)
+            for name, item in self._caches[number].items():
+                self._bind_cache(binding, item, cache.values[name], row, rebind)
             session.run_with_iobinding(binding)
             result, *more = binding.get_outputs()[: 1 + len(self._more[number])]
             self._seen(number, more)
         return result.numpy()
 
-    def _bind_cache(self, binding: Any, name: str, value: Any, row: int | None, rebind: bool) -> None:
-        """Bind a cache, or one row of it, as its own update."""
-        updated = name.replace("past.", "present.")
-        if row is None:
-            if rebind:
-                binding.bind_ortvalue_input(name, value)
-            binding.bind_ortvalue_output(updated, value)
-            return
-        batch, *rest = value.shape()
-        pointer = value.data_ptr() + row * (value.tensor_size_in_bytes() // batch)
-        described = (self._place.kind, self._place.index, value.element_type(), (1, *rest), pointer)
-        binding.bind_input(name, *described)
-        binding.bind_output(updated, *described)
+    def _bind_cache(self, binding: Any, item: Any, value: Any, row: int | None, rebind: bool) -> None:
+        """Bind the memory of a cache, or of one row of it, as input and as its own update."""
+        shape, pointer = value.shape(), value.data_ptr()
+        if row is not None:
+            pointer += row * (value.tensor_size_in_bytes() // shape[0])
+            shape = [1, *shape[1:]]
+        described = (self._place.kind, self._place.index, ELEMENTS[item.type], shape, pointer)
+        if rebind:
+            binding.bind_input(item.name, *described)
+        binding.bind_output(item.name.replace("past.", "present."), *described)
 
     def _seen(self, stage: int, values: Sequence[Any]) -> None:
         """Told of what a stage gave of its `more` outputs."""

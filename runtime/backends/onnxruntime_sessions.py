@@ -15,13 +15,13 @@ from onnx import TensorProto, helper
 from archwright.spec import ArchwrightError
 
 CUDA = "CUDAExecutionProvider"
-_TYPES = {
+STORED = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(bfloat16)": np.float16}
+"""A session's name of a type → NumPy's type of that size: it has no bfloat16, whose zeros are float16's."""
+ELEMENTS = {
     "tensor(float)": TensorProto.FLOAT,
     "tensor(float16)": TensorProto.FLOAT16,
     "tensor(bfloat16)": TensorProto.BFLOAT16,
 }
-_STORED = {TensorProto.FLOAT: np.uint32, TensorProto.FLOAT16: np.uint16, TensorProto.BFLOAT16: np.uint16}
-"""NumPy types of the same size: it has no bfloat16, and zeros have the same bytes in every type."""
 _ON_HOST = {
     *("Add", "Cast", "Concat", "Constant", "Equal", "Expand", "Gather", "Identity", "Max", "Min", "Mul", "Range"),
     *("Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze", "Where"),
@@ -67,15 +67,9 @@ class Place:
         return [*own, "CPUExecutionProvider"]
 
     def zeros(self, shape: Sequence[int], kind: str) -> Any:
-        """An OrtValue of a type that a session names, `tensor(float16)`."""
-        ort, element_type = load_onnxruntime(), _TYPES[kind]
-        source = np.zeros(shape, _STORED[element_type])
-        value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(source, element_type)
-        if self.gpu is None:
-            return value
-        target = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), element_type, self.kind, self.index)
-        ort.copy_tensors([value], [target])
-        return target
+        """An OrtValue that holds as many bytes as the type that a session names, `tensor(float16)`, takes."""
+        source = np.zeros(shape, STORED[kind])
+        return load_onnxruntime().OrtValue.ortvalue_from_numpy(source, self.kind, self.index)
 
 
 CPU = Place()
@@ -87,6 +81,7 @@ def cuda_problem(gpu: int = 0) -> str | None:
     ort = load_onnxruntime()
     if CUDA not in ort.get_available_providers():
         return f"ONNX Runtime {ort.__version__} is built without CUDA; onnxruntime-gpu has it"
+    ort.set_default_logger_severity(3)  # 1.31 warns at every session that its CUDA provider is no plug-in
     with redirect_stdout(io.StringIO()):  # it prints what it does not find, which may be found elsewhere
         ort.preload_dlls()
     value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
@@ -130,6 +125,7 @@ def open_session(source: str | bytes, options: Any, folder: Path, place: Place =
     """
     if place.gpu is not None:
         options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.log_severity_level = 3  # it warns of each length that is copied to the CPU
     try:
         session = load_onnxruntime().InferenceSession(source, options, providers=place.providers(), enable_fallback=0)
     except Exception as error:  # ONNX Runtime raises its own classes, which derive from Exception alone

@@ -11,6 +11,7 @@ import pytest
 from archwright.compiler.targets.gpus import Gpu
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt, tensorrt_flavor, tensorrt_title
 from archwright.runtime import doctor as doctor_module
+from archwright.runtime.backends import onnxruntime_sessions
 from archwright.runtime.doctor import Finding, doctor
 from archwright.spec.errors import ArchwrightError
 
@@ -122,6 +123,15 @@ def test_two_runtimes_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> Non
     set_versions(monkeypatch, {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.32.0"})
     (finding,) = doctor_module.check_onnxruntime()
     assert finding.status == "warning" and "uninstall" in finding.fix
+
+
+@pytest.mark.parametrize(("problem", "status"), [(None, "ok"), ("no driver", "warning")])
+def test_whether_graphs_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch, problem: str | None, status: str) -> None:
+    set_versions(monkeypatch, {"onnxruntime": None, "onnxruntime-gpu": "1.31.1"})
+    monkeypatch.setattr(onnxruntime_sessions, "cuda_problem", lambda: problem)
+    finding = find(doctor_module.check_onnxruntime(), "onnxruntime gpu")
+    assert finding.status == status and (problem or "on the GPU") in finding.found
+    assert bool(finding.fix) is bool(problem)
 
 
 def test_no_compiler_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
