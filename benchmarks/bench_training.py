@@ -60,6 +60,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--chunk-tokens", type=int, default=4096, help="tokens of a chunk of the hand-written loss")
     add("--fused", action="store_true", help="the hand-written model joins q, k, v and gate, up")
     add("--machine", choices=tuple(GPUS), help="for the plan and the peak; default: the GPU found, else H100")
+    add(
+        "--inductor",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a setting of torch._inductor.config, its value as JSON; may be repeated",
+    )
+    add("--symmetric-memory", action="store_true", help="of tensor ranks, which inductor's _micro_pipeline_tp needs")
     add("--profile", action="store_true", help="add the kernels of one more step to the result")
     add("--output", type=Path, default=RESULTS, help="folder of the result")
     add("--label", help="in the name of the result's file")
@@ -77,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
     chosen.mode = chosen.mode or ("pair" if world.size == 1 else "archwright")
     device = device_of(world)
     prefer(chosen.sdpa)
+    set_inductor(chosen.inductor)
     join(world, device.type)
     try:
         record = measure(chosen, world, device)
@@ -94,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
 def measure(chosen: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     spec, report = planned(chosen, world, device)
     contestants = make_contestants(chosen, spec, degrees_of(spec.parallel, world.size), device)
+    if chosen.symmetric_memory:
+        share_memory(contestants[0])
     timings = run(chosen, world, device, contestants)
     per_token = report.flops
     record: dict[str, Any] = {
@@ -110,6 +121,7 @@ def measure(chosen: argparse.Namespace, world: World, device: torch.device) -> d
         },
         "precision": chosen.precision,
         "sdpa": chosen.sdpa,
+        "inductor": chosen.inductor,
         "environment": environment(device),
         "flops_per_token": {"full": per_token.training, "causal": per_token.training_causal},
     }
@@ -186,6 +198,33 @@ def prefer(backend: str) -> None:
         torch.backends.cuda.enable_mem_efficient_sdp(False)
         torch.backends.cuda.enable_flash_sdp(backend == "flash")
         torch.backends.cuda.enable_cudnn_sdp(backend == "cudnn")
+
+
+def set_inductor(settings: Sequence[str]) -> None:
+    """Settings that torch.compile reads, for all that is compiled in this process."""
+    import torch._inductor.config
+
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        *path, name = key.split(".")
+        target: Any = torch._inductor.config
+        try:
+            for each in path:
+                target = getattr(target, each)
+            getattr(target, name)  # an unknown one would be taken without a word in some versions
+            setattr(target, name, json.loads(value))
+        except (AttributeError, ValueError) as error:
+            raise SystemExit(f"bench_training: --inductor {setting}: {error}") from None
+
+
+def share_memory(contestant: Contestant) -> None:
+    """Before the first step, which compiles."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    mesh = contestant.trainer.model.mesh if isinstance(contestant, Archwright) else None
+    if mesh is None or "tensor" not in mesh.groups:
+        raise SystemExit("bench_training: --symmetric-memory is of tensor ranks")
+    enable_symm_mem_for_group(mesh.groups["tensor"].group_name)
 
 
 def make_contestants(

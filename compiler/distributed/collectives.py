@@ -21,7 +21,13 @@ Tensor = torch.Tensor
 
 def all_reduce(x: Tensor, group: ProcessGroup, operation: str = "sum") -> Tensor:
     """A new tensor; no gradient."""
-    return funcol.wait_tensor(funcol.all_reduce(x.contiguous(), operation, group))
+    return _arrived(funcol.all_reduce(x.contiguous(), operation, group))
+
+
+def _arrived(x: Tensor) -> Tensor:
+    """Waits for a collective's result. In what torch.compile traces that stands there already: its passes, which look
+    for a matrix product beside a collective, find none behind a second wait."""
+    return funcol.wait_tensor(x) if isinstance(x, funcol.AsyncCollectiveTensor) else x
 
 
 # torch 2.13 renamed them.
@@ -30,13 +36,13 @@ _reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    whole = funcol.wait_tensor(_all_gather(x.contiguous(), 0, group))
+    whole = _arrived(_all_gather(x.contiguous(), 0, group))
     # Put together here: torch.compile of 2.11 cannot see into the operator's own way of doing it.
     return whole if dim == 0 else torch.cat(whole.chunk(whole.shape[0] // x.shape[0]), dim)
 
 
 def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    return funcol.wait_tensor(_reduce_scatter(x.contiguous(), "sum", dim, group))
+    return _arrived(_reduce_scatter(x.contiguous(), "sum", dim, group))
 
 
 class _CopyTo(torch.autograd.Function):

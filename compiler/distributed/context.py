@@ -8,11 +8,14 @@ and one late, so that all have the same (the split of Llama 3's training, Gratta
 """
 
 import torch
+import torch.nn.functional as F
 from torch.distributed import ProcessGroup
 
 from archwright.compiler.distributed.collectives import gather_from
 
 Tensor = torch.Tensor
+FLASH_MULTIPLE = 8
+"""Of the channels of a head that the operator of FlashAttention takes."""
 
 
 def positions_of(length: int, degree: int, rank: int, device: torch.device) -> Tensor:
@@ -41,9 +44,16 @@ def causal_chunks(q_BNSH: Tensor, k_BKLH: Tensor, v_BKLH: Tensor, scale: float, 
     """
     chunk = q_BNSH.shape[2] // 2
     ends = ((group.rank() + 1) * chunk, (2 * group.size() - group.rank()) * chunk)
-    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+    q, k, v = (fill_for_flash(x) for x in (q_BNSH, k_BKLH, v_BKLH))
     parts = [
-        flash(q_BNcH, k_BKLH[:, :, :end], v_BKLH[:, :, :end], 0.0, True, scale=scale)[0]
-        for q_BNcH, end in zip(q_BNSH.chunk(2, dim=2), ends, strict=True)
+        flash(q_BNcH, k[:, :, :end], v[:, :, :end], 0.0, True, scale=scale)[0]
+        for q_BNcH, end in zip(q.chunk(2, dim=2), ends, strict=True)
     ]
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2)[..., : q_BNSH.shape[-1]]
+
+
+def fill_for_flash(x: Tensor) -> Tensor:
+    """Zeros after the channels of each head, up to a multiple of 8: products with them add nothing."""
+    missing = -x.shape[-1] % FLASH_MULTIPLE
+    return F.pad(x, (0, missing)) if missing and x.is_cuda and x.dtype.itemsize == 2 else x

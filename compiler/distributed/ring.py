@@ -21,15 +21,19 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from archwright.compiler.distributed.context import fill_for_flash
+
 Tensor = torch.Tensor
-_aten = torch.ops.aten
+_flash = torch.ops.aten._scaled_dot_product_flash_attention.default
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
 # torch's own way back from the name that an operator can carry; its type stubs leave it out.
 _group_called: Callable[[str], ProcessGroup] = getattr(distributed_c10d, "_resolve_process_group")  # noqa: B009
 
 
 def ring_attention(q_BNSH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float, group: ProcessGroup) -> Tensor:
     """Causal attention [B, N, S, H] of a rank's tokens to those of the whole group."""
-    return _attend(q_BNSH, k_BKSH, v_BKSH, scale, group.group_name)[0]
+    q, k, v = (fill_for_flash(x) for x in (q_BNSH, k_BKSH, v_BKSH))
+    return _attend(q, k, v, scale, group.group_name)[0][..., : q_BNSH.shape[-1]]
 
 
 # One operator to torch.compile, which cannot see into messages between two ranks.
@@ -40,14 +44,14 @@ def _attend(
     """(out [B, N, S, H], logsumexp [B, N, S] in at least float32)."""
     ranks = _group_called(group)
     half, kv = q_BNSH.shape[2] // 2, torch.stack([k_BKSH, v_BKSH])
-    out, lse = torch.zeros(q_BNSH.shape, dtype=_wide(q_BNSH), device=q_BNSH.device), None
+    out, lse = q_BNSH, None
     for turn in range(ranks.size()):
         arriving = _pass_on(kv, ranks) if turn + 1 < ranks.size() else None
         owner = (ranks.rank() - turn) % ranks.size()
         queries, keys = _seen(owner, ranks.rank(), half)
         part, part_lse = _block(q_BNSH[:, :, queries], *kv[:, :, :, keys], scale, causal=lse is None)
         if lse is None:
-            out, lse = part.to(out.dtype), part_lse
+            out, lse = part.to(_wide(q_BNSH)), part_lse
         else:
             joined = torch.logaddexp(lse[:, :, queries], part_lse)
             old, new = (lse[:, :, queries] - joined).exp()[..., None], (part_lse - joined).exp()[..., None]
@@ -55,7 +59,8 @@ def _attend(
             lse[:, :, queries] = joined
         kv = kv if arriving is None else arriving()
     assert lse is not None
-    return out.to(q_BNSH.dtype), lse
+    # As the fake says: kernels return theirs in the order of the queries' dimensions in memory, whatever that is.
+    return out.to(q_BNSH.dtype).contiguous(), lse.contiguous()
 
 
 @torch.library.custom_op("archwright::ring_attention_backward", mutates_args=())
@@ -123,14 +128,15 @@ def _pass_on(tensor: Tensor, ranks: ProcessGroup) -> Callable[[], Tensor]:
     return wait
 
 
-def _flashes(q_BNSH: Tensor) -> bool:
-    return q_BNSH.is_cuda and q_BNSH.dtype.itemsize == 2
+def _flashes(x: Tensor) -> bool:
+    """Whether FlashAttention takes the tensor; torch's own functions do the work otherwise, with all scores at hand."""
+    return x.is_cuda and x.dtype.itemsize == 2
 
 
 def _block(q_BNSH: Tensor, k_BKTH: Tensor, v_BKTH: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
     """(out, logsumexp) of the queries and these keys alone."""
     if _flashes(q_BNSH):
-        out, lse, *_ = _aten._scaled_dot_product_flash_attention(q_BNSH, k_BKTH, v_BKTH, 0.0, causal, scale=scale)
+        out, lse, *_ = _flash(q_BNSH, k_BKTH, v_BKTH, 0.0, causal, scale=scale)
         return out, lse
     scores_BKGST = _scores(q_BNSH, k_BKTH, scale, causal)
     lse_BKGS = scores_BKGST.logsumexp(-1)
@@ -144,12 +150,12 @@ def _block_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """A block's part of the gradients of q, k and v; out and logsumexp are those of all blocks."""
     if _flashes(q_BNSH):
-        random = torch.zeros(2, dtype=torch.uint64, device=q_BNSH.device)  # of dropout, which there is none of
-        grads = _aten._scaled_dot_product_flash_attention_backward(
-            grad_BNSH.contiguous(), q_BNSH, k_BKTH, v_BKTH, out_BNSH.contiguous(), lse_BNS.contiguous(), None, None,
+        random = torch.empty(2, dtype=torch.uint64, device=q_BNSH.device)  # of dropout, which there is none of
+        # The kernel finds a row's logsumexp by its number, without strides. It brings other tensors into order itself.
+        return _flash_backward(
+            grad_BNSH, q_BNSH, k_BKTH, v_BKTH, out_BNSH, lse_BNS.contiguous(), None, None,
             q_BNSH.shape[2], k_BKTH.shape[2], 0.0, causal, random, random, scale=scale,
         )  # fmt: skip
-        return grads[0], grads[1], grads[2]
     wide, groups = _wide(q_BNSH), (k_BKTH.shape[1], -1)
     grad, q, out = (x.to(wide).unflatten(1, groups) for x in (grad_BNSH, q_BNSH, out_BNSH))
     k, v = k_BKTH.to(wide), v_BKTH.to(wide)

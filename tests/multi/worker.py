@@ -8,6 +8,7 @@ import hashlib
 import json
 import sys
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch.distributed as dist
 
 from archwright.compiler.distributed.gathering import Part, gather_all
 from archwright.spec import load
+from archwright.trainers import loop
 from archwright.trainers.batches import IGNORED, Batch, Ids, training_batch
 from archwright.trainers.checkpoints import Progress
 from archwright.trainers.launch import World, check_world
@@ -101,7 +103,10 @@ def main(rank: int, size: int, rendezvous: str, device_type: str = "cpu") -> Non
         torch.cuda.set_device(device)
     if size > 1:
         store, backend = dist.FileStore(rendezvous, size), "gloo" if device.type == "cpu" else "nccl"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120))
+        limit = timedelta(seconds=120 if device.type == "cpu" else 45)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
+        # A mesh makes groups, and NCCL's hold memory of the GPU until the process ends.
+        loop.make_mesh = cache(loop.make_mesh)
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     for line in sys.stdin:
         request = json.loads(line)

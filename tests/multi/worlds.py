@@ -1,7 +1,8 @@
-"""Worlds of gloo processes that wait for plans to train."""
+"""Worlds of processes that wait for plans to train: through gloo, on GPUs through NCCL."""
 
 import json
 import os
+import select
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from tests.multi.plans import MESHES, MODELS, Overrides
 
 MOST = 4
+LIMIT_S = 900.0
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -35,9 +37,14 @@ class World:
             assert process.stdin is not None
             process.stdin.write(request + "\n")
             process.stdin.flush()
-        for rank, process in enumerate(self._processes):
-            assert process.stdout is not None
-            assert process.stdout.readline() == "done\n", f"rank {rank} of {len(self._processes)} failed"
+        # In the order in which they answer: where one fails, the others wait for it.
+        waiting = {process.stdout: rank for rank, process in enumerate(self._processes) if process.stdout is not None}
+        while waiting:
+            ready, _, _ = select.select([*waiting], [], [], LIMIT_S)
+            assert ready, f"ranks {[*waiting.values()]} of {len(self._processes)} did not answer"
+            for output in ready:
+                rank = waiting.pop(output)
+                assert output.readline() == "done\n", f"rank {rank} of {len(self._processes)} failed"
         return json.loads(self._answer.read_text())
 
     def close(self) -> None:
@@ -60,7 +67,12 @@ class Worlds:
         if key not in self._known:
             settings = {name.replace("__", "."): value for name, value in more.items()}
             overrides = {**MODELS[model], **MESHES[mesh].settings, **settings}
-            self._known[key] = self._of(MESHES[mesh].processes).train(overrides, steps)
+            size = MESHES[mesh].processes
+            try:
+                self._known[key] = self._of(size).train(overrides, steps)
+            except BaseException:
+                self._end(size)  # the next plan starts afresh
+                raise
         return self._known[key]
 
     def _of(self, size: int) -> World:

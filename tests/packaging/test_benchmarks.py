@@ -119,6 +119,17 @@ def test_experiments_are_what_the_harness_takes() -> None:
             harness.make_parser().parse_args(command[command.index(str(BENCHMARKS / "bench_training.py")) + 1 :])
 
 
+def test_settings_of_inductor_are_known() -> None:
+    config: Any = importlib.import_module("torch._inductor.config")
+    harness = script("bench_training")
+    with config.patch(reorder_for_compute_comm_overlap=False):
+        harness.set_inductor(["reorder_for_compute_comm_overlap=true"])
+        assert config.reorder_for_compute_comm_overlap is True
+    for wrong in ("no_such_setting=1", "reorder_for_compute_comm_overlap=yes"):
+        with pytest.raises(SystemExit, match="--inductor"):
+            harness.set_inductor([wrong])
+
+
 def test_nothing_outlives_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process with a session of its own that ignores SIGTERM, as a worker that hangs in a collective."""
     gpu_session = script("gpu_session")
