@@ -63,7 +63,8 @@ def open_form(plan: Plan, dialect: Dialect, capacity: int, folder: Path) -> Onnx
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph_path(folder, 0), options, providers=["CPUExecutionProvider"])
-    return OnnxRuntimeBackend([session], max_batch=None, description="benchmark")
+    grouped = dialect.target == "onnxruntime"
+    return OnnxRuntimeBackend([session], max_batch=None, description="benchmark", grouped=grouped)
 
 
 def run(backend: OnnxRuntimeBackend, prompts_BS: np.ndarray[Any, Any], cache: Any) -> tuple[float, float]:

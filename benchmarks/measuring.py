@@ -17,7 +17,14 @@ from archwright.trainers.launch import World
 
 Step = Callable[[], None]
 PACKAGES = ("archwright", "numpy", "torch", "triton")
-VARIABLES = ("NCCL_NVLS_ENABLE", "TORCH_SYMM_MEM_DISABLE_MULTICAST", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+VARIABLES = (
+    "NCCL_NVLS_ENABLE",
+    "NCCL_MIN_CTAS",
+    "NCCL_MAX_CTAS",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_ALLOC_CONF",
+)
 TOP_KERNELS = 40
 
 

@@ -139,7 +139,8 @@ def _fullest(
     whole = states(layout, rank, max(4, BYTES[train.precision]))
     moments = _moments(layout, train, kept, rank, sequences, alive, whole)
     moment = max(moments, key=lambda name: moments[name].total)
-    most, found = moments[moment], constants or {"context_bytes": 0, "nccl_bytes": 0, "allocator_slack": 0}
+    slack = "allocator_slack" if layout.degrees.expert == 1 else "expert_slack"
+    most, found = moments[moment], constants or {"context_bytes": 0, "nccl_bytes": 0, slack: 0}
     allocated = whole.weights_bytes + whole.optimizer_bytes + most.total
     streams = max(0, _streams_bytes(layout, rank, BYTES[train.precision]) - most.unsharded) if constants else 0
     return TrainingMemory(
@@ -147,7 +148,7 @@ def _fullest(
         gradients_bytes=most.gradients, optimizer_bytes=whole.optimizer_bytes, activations_bytes=most.activations,
         logits_bytes=most.logits, working_bytes=most.working, unsharded_gradients_bytes=most.unsharded,
         context_bytes=round(found["context_bytes"]), nccl_bytes=round(found["nccl_bytes"] * _communicators(layout)),
-        allocator_bytes=round(found["allocator_slack"] * allocated) + streams,
+        allocator_bytes=round(found[slack] * allocated) + streams,
     )  # fmt: skip
 
 

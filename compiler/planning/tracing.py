@@ -64,6 +64,8 @@ RULES: Mapping[str, Rule] = {
     "sum_over_targets": Rule(inputs=False),
     "permute": Rule(inputs=False),
     "expert_linear": Rule(),
+    "expert_silu": Rule(),  # of experts that are spread over ranks, which torch.compile does not see into
+    "expert_multiply": Rule(),
     "linear_cross_entropy": Rule(inputs=False),  # keeps the gradient of what it read in its place: `memory`
 }
 
@@ -195,8 +197,9 @@ class TraceOps(CostOps):
         rows = Shaped(shape=(*indices.shape, x.shape[-1]))
         inner = replace(rows, shape=(*indices.shape, gate.shape[1]))
         sorted_ = self.record("permute", (x,), rows)
-        gated = self.record("silu", (self.record("expert_linear", (sorted_, gate), inner, third),), inner)
-        product = self.record("multiply", (gated, self.record("expert_linear", (sorted_, up), inner, third)), inner)
+        silu, multiply = ("silu", "multiply") if self._degrees.expert == 1 else ("expert_silu", "expert_multiply")
+        gated = self.record(silu, (self.record("expert_linear", (sorted_, gate), inner, third),), inner)
+        product = self.record(multiply, (gated, self.record("expert_linear", (sorted_, up), inner, third)), inner)
         back = self.record("permute", (self.record("expert_linear", (product, down), rows, third),), rows)
         return self.record("multiply", (back, weights), result)
 
