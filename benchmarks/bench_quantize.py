@@ -29,7 +29,7 @@ def main() -> None:
     rules = f"build.quantize={{rules: [{{kind: int4, group_size: {chosen.group_size}}}]}}"
     machine = hardware()
     with tempfile.TemporaryDirectory(prefix="archwright-quantize-", dir=chosen.folder) as name:
-        run = build_once(Path(name), chosen.preset, [*build_settings(chosen.tensor), "--set", rules])
+        run = build_once(Path(name), f"preset:{chosen.preset}", [*build_settings(chosen.tensor), "--set", rules])
     record = {
         "date": date.today().isoformat(),
         "command": f"bench_quantize.py --preset {chosen.preset} --tensor {chosen.tensor} "
