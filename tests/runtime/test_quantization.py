@@ -12,8 +12,11 @@ import pytest
 
 from archwright.compiler import export_graphs
 from archwright.compiler.passes import build_program, lower
+from archwright.compiler.tolerances import TOLERANCES, largest_error
 from archwright.compiler.weights.folder import open_folder
 from archwright.runtime import build, open_model, verify
+from archwright.runtime.artifact import open_artifact
+from archwright.runtime.backends.exposing import ExposingBackend
 from archwright.runtime.inspection import inspect_folder
 from archwright.runtime.quantization import calibration, preparation
 from archwright.runtime.quantization.calibration import calibrate, state_folder
@@ -75,6 +78,28 @@ def test_an_artifact_proves_itself(built: Callable[[str], tuple[Path, Quality]],
     assert measured["quality"]["kl"] == quality.kl > 0
     assert not state_folder(out).exists()
     assert "calibration: {" not in (out / "spec.yaml").read_text(), "no paths in an artifact"
+
+
+def test_rounded_values_are_read_row_by_row(trained: Path, tmp_path: Path) -> None:
+    """GroupQueryAttention takes later pieces of several rows apart: all that is rounded is found at its place."""
+    quantize = {"rules": RULES["fp8"], "calibration": calibrated(trained)}
+    assert build(trained, tmp_path / "out", overrides={"build.quantize": quantize, "build.target": "onnxruntime"}).ok
+    artifact = open_artifact(tmp_path / "out")
+    backend = ExposingBackend(artifact.path, artifact.plan, max_batch=None, grouped=True)
+    ids_BS = markov(3, 24, seed=6)
+    logits_BSV = backend.whole(ids_BS)
+    once = backend.rounded.gathered(24)
+    backend.begin()
+    cache = backend.new_cache(3, 24)
+    positions_BS = np.broadcast_to(np.arange(24), ids_BS.shape)
+    pieces = [
+        backend.forward(cache, ids_BS[:, part], positions_BS[:, part], np.full(3, part.start), part.stop)
+        for part in (slice(0, 9), slice(9, 10), slice(10, 24))
+    ]
+    assert [len(call.positions_BS) for call in backend.rounded.calls] == [3, 3, 1, 1, 1]
+    assert largest_error(np.concatenate(pieces, axis=1), logits_BSV) < TOLERANCES["onnxruntime", "float32"]
+    for found, expected in zip(backend.rounded.gathered(24), once, strict=True):
+        assert np.isfinite(found).all() and (found == expected).mean() > 0.999, "but for neighbours of a last bit"
 
 
 @pytest.mark.parametrize("name", ["awq", "int8", "fp8"])
