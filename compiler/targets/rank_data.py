@@ -202,7 +202,7 @@ def _fused(
     places: Sequence[Mapping[str, int]],
 ) -> list[Array]:
     """Each rank's fused parameter: its pieces of the canonical ones behind each other, scaled in the files' type."""
-    order = placed.external.order or tuple(range(len(placed.shape)))
+    order = placed.external.order or tuple(range(len(params[parts[0].name].shape)))
     wholes: list[Array] = []
     for part in parts:
         param = params[part.name]
