@@ -1,7 +1,8 @@
 """The weights of all ranks, written beside their graphs in one pass over the model's weights.
 
 Each parameter is read once, some rows at a time, and written while the next one is read. What is in memory: a few slabs
-of rows, and of two parameters whose matrices are stored transposed the whole, in the precision of the files.
+of rows, and the whole of two parameters whose matrices are stored transposed and of one that is fused, in the precision
+of the files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
