@@ -6,6 +6,7 @@ same round. Forms whose graphs are equal are measured as well: what these differ
 row behind a prompt; prefill: the prompt. The result goes to benchmarks/results/ with the machine and versions.
 
     python benchmarks/bench_dialects.py [--rounds 15] [--hidden 512] [--layers 8] [--batch 1] [--prompt 256]
+                                        [--weights float32]
 """
 
 import argparse
@@ -26,28 +27,35 @@ import onnxruntime
 from bench_plan import RESULTS, processor
 
 from archwright.compiler.interpreters.onnx_dialects import ALL, PORTABLE, Dialect
-from archwright.compiler.ir import Degrees, Plan
-from archwright.compiler.passes import run_passes
+from archwright.compiler.ir import Plan
+from archwright.compiler.passes import build_plan, lower
 from archwright.compiler.passes.fuse import Fusion
 from archwright.compiler.targets.onnx_graph import export_graphs, graph_path
 from archwright.compiler.targets.stages import GraphOptions
+from archwright.compiler.weights.quantized import built_weights
 from archwright.compiler.weights.streaming import GeneratedWeights
-from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, session_options
 from archwright.spec import Spec
 
 FUSIONS: dict[str, tuple[Fusion, ...]] = {
     "none": (), "scale": ("scale",), "qkv": ("qkv",), "gate_up": ("gate_up",), "all": ALL
 }  # fmt: skip
+RULES: dict[str, list[dict[str, object]]] = {
+    "float32": [],
+    "int8": [{"kind": "int8"}],
+    "int4": [{"kind": "int4", "group_size": 32}],
+}
 DECODE_STEPS = 48
 VOCABULARY = 4096
 
 
-def make_spec(hidden: int, layers: int, positions: int) -> Spec:
-    """A small Llama: heads of 64, four query heads to each key/value head."""
+def make_spec(hidden: int, layers: int, positions: int, weights: str) -> Spec:
+    """A small Llama: heads of 64, four query heads to each key/value head. weights: of its layers."""
     attention = {"kind": "gqa", "heads": hidden // 64, "kv_heads": max(1, hidden // 256), "head_dim": 64}
     layer = {"attention": attention, "ffn": {"kind": "swiglu", "hidden_size": 4 * hidden}}
     sizes = {"vocab_size": VOCABULARY, "hidden_size": hidden, "max_positions": positions, "layers": layers}
-    return Spec.model_validate({"version": 1, "name": "benchmark", "model": {**sizes, "layer": layer}})
+    build = {"quantize": {"rules": RULES[weights]}} if RULES[weights] else {}
+    return Spec.model_validate({"version": 1, "name": "benchmark", "model": {**sizes, "layer": layer}, "build": build})
 
 
 def forms() -> Iterator[tuple[str, Dialect]]:
@@ -57,10 +65,11 @@ def forms() -> Iterator[tuple[str, Dialect]]:
             yield f"{target}, {name}", Dialect(target=target, fusions=fusions)
 
 
-def open_form(plan: Plan, dialect: Dialect, capacity: int, folder: Path) -> OnnxRuntimeBackend:
-    weights = GeneratedWeights(params=plan.program.params(), seed=0)
+def open_form(spec: Spec, plan: Plan, dialect: Dialect, folder: Path) -> OnnxRuntimeBackend:
+    weights = built_weights(spec, GeneratedWeights(params=lower(spec).params(), seed=0))
+    capacity = spec.model.max_positions
     export_graphs(plan, weights, folder, precision="float32", capacity=capacity, options=GraphOptions(dialect=dialect))
-    options = onnxruntime.SessionOptions()
+    options = session_options()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(graph_path(folder, 0), options, providers=["CPUExecutionProvider"])
     grouped = dialect.target == "onnxruntime"
@@ -82,13 +91,14 @@ def run(backend: OnnxRuntimeBackend, prompts_BS: np.ndarray[Any, Any], cache: An
     return prefilled - start, statistics.median(steps_s)
 
 
-def measure(rounds: int, hidden: int, layers: int, batch: int, prompt: int) -> dict[str, Any]:
+def measure(rounds: int, hidden: int, layers: int, batch: int, prompt: int, weights: str) -> dict[str, Any]:
     capacity = prompt + DECODE_STEPS
-    plan = run_passes(make_spec(hidden, layers, capacity), Degrees())
+    spec = make_spec(hidden, layers, capacity, weights)
+    plan = build_plan(spec)
     prompts_BS = np.random.default_rng(0).integers(0, VOCABULARY, (batch, prompt))
     with tempfile.TemporaryDirectory() as name:
         opened = {
-            title: open_form(plan, dialect, capacity, Path(name) / str(number))
+            title: open_form(spec, plan, dialect, Path(name) / str(number))
             for number, (title, dialect) in enumerate(forms())
         }
         caches = {title: backend.new_cache(batch, capacity) for title, backend in opened.items()}
@@ -121,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("rounds", 15), ("hidden", 512), ("layers", 8), ("batch", 1), ("prompt", 256)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--weights", default="float32", choices=RULES)
     parser.add_argument("--output", type=Path, default=RESULTS)
     chosen = vars(parser.parse_args(argv))
     output: Path = chosen.pop("output")
@@ -132,14 +143,16 @@ def main(argv: list[str] | None = None) -> None:
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "versions": {"python": platform.python_version()}
         | {name: metadata.version(name) for name in ("archwright", "numpy", "onnxruntime")},
-        "model": {"parameters": run_passes(
-            make_spec(chosen["hidden"], chosen["layers"], chosen["prompt"]), Degrees()
-        ).program.num_params()},
+        "model": {"parameters": lower(
+            make_spec(chosen["hidden"], chosen["layers"], chosen["prompt"], chosen["weights"])
+        ).num_params()},
         "decode_steps": DECODE_STEPS,
         "forms": measure(**chosen),
     }  # fmt: skip
     output.mkdir(exist_ok=True)
-    path = output / f"{record['date']}-dialects-{chosen['hidden']}x{chosen['layers']}-batch{chosen['batch']}.json"
+    stored = "" if chosen["weights"] == "float32" else f"-{chosen['weights']}"
+    sizes = f"{chosen['hidden']}x{chosen['layers']}-batch{chosen['batch']}"
+    path = output / f"{record['date']}-dialects-{sizes}{stored}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     for title, found in record["forms"].items():
         speeds = ", ".join(

@@ -57,7 +57,7 @@ def _artifact(path: Path) -> Facts:
         **_model_facts(artifact.spec),
         "precision": str(weights.held(first, weights.holders(first)[0]).dtype),
         "logits": artifact.options.logits,
-        **{key: manifest.details.get(key) for key in ("target", "fusions", "portable_layers")},
+        **{key: manifest.details.get(key) for key in ("target", "fusions", "unfused_layers", "portable_layers")},
         "weight_bytes": weights.stored_bytes(),
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,

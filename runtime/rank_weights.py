@@ -59,7 +59,8 @@ class PackedPart:
     def __init__(self, place: _Place, packing: Packing) -> None:
         self._place = place
         self._packing: Packing = packing
-        self.shape = tuple(place.natural[place.order.index(dim)] for dim in range(len(place.order)))
+        first, stop = place.rows
+        self.shape = (stop - first, *(place.natural[place.order.index(dim)] for dim in range(1, len(place.order))))
         self._bytes = np.memmap(place.file, np.uint8, "r", offset=place.offset, shape=(place.stored.num_bytes,))
 
     def __len__(self) -> int:
@@ -71,7 +72,10 @@ class PackedPart:
     def __getitem__(self, key: slice | tuple[slice, ...]) -> Array:
         """Unit steps only."""
         given = key if isinstance(key, tuple) else (key,)
-        slices = (*given, *[slice(None)] * (len(self.shape) - len(given)))
+        start, stop, _ = given[0].indices(len(self))
+        first, _ = self._place.rows
+        rows = slice(first + start, first + max(start, stop))
+        slices = (rows, *given[1:], *[slice(None)] * (len(self.shape) - len(given)))
         *outer, last = (slices[dim] for dim in self._place.order)
         *_, width = self._place.natural
         if width % 2:  # a byte may belong to two rows
@@ -131,7 +135,7 @@ class RankWeights:
     def held(self, name: str, rank: int) -> Array | PackedPart:
         """A view of the same, multiplied by `scale` as it is stored."""
         place = self._places[rank][name]
-        if place.stored.external.packing is not None:  # quantized matrices are not fused
+        if place.stored.external.packing is not None:
             return PackedPart(place, place.stored.external.packing)
         view = np.memmap(place.file, place.stored.dtype, "r", offset=place.offset, shape=place.natural)
         return np.asarray(view).transpose(np.argsort(place.order))[slice(*place.rows)]

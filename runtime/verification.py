@@ -18,7 +18,8 @@ from typing import Any, Literal
 import onnx
 
 from archwright.compiler.interpreters.onnx_dialects import dialect_of
-from archwright.compiler.passes import lower
+from archwright.compiler.passes import build_program, lower
+from archwright.compiler.passes.fuse import fuse
 from archwright.compiler.passes.quantize import rounds_inputs
 from archwright.compiler.reduced import reduced
 from archwright.compiler.targets.linter import lint
@@ -200,6 +201,7 @@ def describe(spec: Spec) -> dict[str, Any]:
     return {
         "target": spec.build.target,
         "fusions": list(dialect.fusions),
+        "unfused_layers": dict(fuse(build_program(spec), dialect.fusions).unfused),
         "portable_layers": dialect.portable_layers(program, spec.build.precision),
         "numbers_run_as": _run_as(spec),
         "precision": spec.build.precision,

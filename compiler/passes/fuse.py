@@ -6,14 +6,20 @@
 
 They work on the Program of one rank: of a matrix that ranks share, the rank's rows of q stand before its rows of k, so
 that the fused matrix of all ranks is no matrix that is cut into ranges of rows. Checkpoints never have fused names.
+
+Quantized matrices are fused as they are stored: a scale belongs to one row, or to a group of input channels of one row,
+so scales [out, groups] lie behind each other as the rows do, and no value is rounded again. What AWQ multiplied is in
+the matrices and in what comes before them; matrices that read one input have the same multipliers, and nothing is left
+for a graph to multiply by.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from archwright.compiler.blocks import FusedAttention, FusedSwiGLU, GroupedQueryAttention, Linear, SwiGLU
+from archwright.compiler.blocks.quantized import QuantLinear
 from archwright.compiler.ir import Block, Param, Program, Split
 from archwright.compiler.ir.verifier import verify_program
 
@@ -34,10 +40,22 @@ WeightMap = Mapping[str, tuple[Part, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Fused:
-    """A Program, and how its parameters are made of the canonical ones."""
+    """A Program, and how its parameters are made of the canonical ones.
+
+    unfused: path of each block whose matrices could not be joined → why.
+    """
 
     program: Program
     weights: WeightMap
+    unfused: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Changes:
+    """What a pass gathers on its way: the fields of `Fused`."""
+
+    weights: dict[str, tuple[Part, ...]] = field(default_factory=dict[str, tuple[Part, ...]])
+    unfused: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def fuse(program: Program, fusions: tuple[Fusion, ...]) -> Fused:
@@ -45,7 +63,8 @@ def fuse(program: Program, fusions: tuple[Fusion, ...]) -> Fused:
     done = Fused(program=program, weights={})
     for name in fusions:
         after = PASSES[name](done.program)
-        done = Fused(program=after.program, weights=_composed(done.weights, after.weights))
+        weights = _composed(done.weights, after.weights)
+        done = Fused(program=after.program, weights=weights, unfused={**done.unfused, **after.unfused})
     return done
 
 
@@ -53,19 +72,21 @@ def fold_scale(program: Program) -> Fused:
     """1/sqrt(H) into the queries' matrix and bias, where it is a power of two: then no product is rounded.
 
     RoPE is linear, so it turns the scaled queries into the scaled turned ones. Not for float16, whose smallest numbers
-    a power of two may lose.
+    a power of two may lose, nor for quantized queries, whose scales may be the smallest normal ones of their type.
     """
 
-    def change(path: str, block: Block, weights: dict[str, tuple[Part, ...]]) -> Block:
-        if not isinstance(block, GroupedQueryAttention) or block.scale is not None or not _are_plain(block.q_proj):
+    def change(path: str, block: Block, found: _Changes) -> Block:
+        if not isinstance(block, GroupedQueryAttention) or block.scale is not None or type(block.q_proj) is not Linear:
             return block
         scale = block.head_dim**-0.5
         if math.frexp(scale)[0] != 0.5:
             return block
-        weights |= {
-            f"{path}.q_proj.{name}": (Part(name=f"{path}.q_proj.{name}", scale=scale),)
-            for name in block.q_proj.params()
-        }
+        found.weights.update(
+            {
+                f"{path}.q_proj.{name}": (Part(name=f"{path}.q_proj.{name}", scale=scale),)
+                for name in block.q_proj.params()
+            }
+        )
         return replace(block, scale=1.0)
 
     return _each(program, change)
@@ -74,13 +95,18 @@ def fold_scale(program: Program) -> Fused:
 def fuse_qkv(program: Program) -> Fused:
     """One matrix for queries, keys and values."""
 
-    def change(path: str, block: Block, weights: dict[str, tuple[Part, ...]]) -> Block:
-        if not isinstance(block, GroupedQueryAttention) or not _are_plain(block.q_proj, block.k_proj, block.v_proj):
+    def change(path: str, block: Block, found: _Changes) -> Block:
+        if not isinstance(block, GroupedQueryAttention):
+            return block
+        joined = _joined(
+            path, {"q_proj": block.q_proj, "k_proj": block.k_proj, "v_proj": block.v_proj}, "qkv_proj", found
+        )
+        if joined is None:
             return block
         heads, kv_heads = (linear.weight.shape[0] // block.head_dim for linear in (block.q_proj, block.k_proj))
         return FusedAttention(
             enter=block.enter,
-            qkv_proj=_joined(path, ("q_proj", "k_proj", "v_proj"), "qkv_proj", block, weights),
+            qkv_proj=joined,
             o_proj=block.o_proj,
             position=block.position,
             mask=block.mask,
@@ -96,10 +122,12 @@ def fuse_qkv(program: Program) -> Fused:
 def fuse_gate_up(program: Program) -> Fused:
     """One matrix for the gate and what it gates, in every SwiGLU but those of experts, which are stacks."""
 
-    def change(path: str, block: Block, weights: dict[str, tuple[Part, ...]]) -> Block:
-        if not isinstance(block, SwiGLU) or not _are_plain(block.gate_proj, block.up_proj):
+    def change(path: str, block: Block, found: _Changes) -> Block:
+        if not isinstance(block, SwiGLU):
             return block
-        joined = _joined(path, ("gate_proj", "up_proj"), "gate_up_proj", block, weights)
+        joined = _joined(path, {"gate_proj": block.gate_proj, "up_proj": block.up_proj}, "gate_up_proj", found)
+        if joined is None:
+            return block
         return FusedSwiGLU(enter=block.enter, gate_up_proj=joined, down_proj=block.down_proj)
 
     return _each(program, change)
@@ -121,36 +149,47 @@ def verify_fused(fused: Fused, splits: Mapping[str, tuple[Split, ...]]) -> None:
     verify_program(fused.program, splits={**splits, **known})
 
 
-def _are_plain(*linears: Linear) -> bool:
-    """Whether matrices have all their bits. Quantized ones are left as they are: their scales would have to be joined
-    as well, and a folded factor be rounded."""
-    return all(type(linear) is Linear for linear in linears)
-
-
-def _joined(
-    path: str, names: tuple[str, ...], joined: str, block: Block, weights: dict[str, tuple[Part, ...]]
-) -> Linear:
-    """The Linear whose rows are those of several, and its parts into `weights`."""
-    linears = [sub for name in names if isinstance(sub := block.children()[name], Linear)]
+def _joined(path: str, linears: Mapping[str, Linear], name: str, found: _Changes) -> Linear | None:
+    """The Linear whose rows are those of several, called `name`, its parts noted; None, with the reason noted, where
+    they cannot be one."""
+    reason = _reason(linears.values())
+    if reason is not None:
+        found.unfused[path] = f"{', '.join(linears)}: {reason}"
+        return None
+    first = next(iter(linears.values()))
     params: dict[str, Param] = {}
-    for kind, first in linears[0].params().items():
-        assert not first.splits, "matrices are fused on each rank, once they are cut"
-        rows = sum(linear.params()[kind].shape[0] for linear in linears)
-        params[kind] = replace(first, shape=(rows, *first.shape[1:]))
-        weights[f"{path}.{joined}.{kind}"] = tuple(Part(name=f"{path}.{name}.{kind}") for name in names)
-    return Linear(weight=params["weight"], bias=params.get("bias"))
+    for kind, param in first.params().items():
+        assert not param.splits, "matrices are fused on each rank, once they are cut"
+        rows = sum(linear.params()[kind].shape[0] for linear in linears.values())
+        params[kind] = replace(param, shape=(rows, *param.shape[1:]))
+        found.weights[f"{path}.{name}.{kind}"] = tuple(Part(name=f"{path}.{part}.{kind}") for part in linears)
+    return replace(first, **params)
 
 
-def _each(program: Program, change: Callable[[str, Block, dict[str, tuple[Part, ...]]], Block]) -> Fused:
+def _reason(linears: Collection[Linear]) -> str | None:
+    """Why matrices that read one input cannot be one, None where they can: all have all their bits, or as few of them
+    and as many groups of input channels."""
+    forms = {
+        (linear.weight.storage, linear.weight_scale.shape[1:] if isinstance(linear, QuantLinear) else ())
+        for linear in linears
+    }
+    if len(forms) > 1:
+        return "they are not stored alike"
+    if any(isinstance(linear, QuantLinear) and linear.input_scale is not None for linear in linears):
+        return "each rounds its inputs with a scale of its own, and a Program does not say that these are equal"
+    return None
+
+
+def _each(program: Program, change: Callable[[str, Block, _Changes], Block]) -> Fused:
     """Rebuild every block bottom-up, at each of its paths."""
-    weights: dict[str, tuple[Part, ...]] = {}
+    found = _Changes()
 
     def visit(path: str, block: Block) -> Block:
         subs = {name: visit(block.child_path(name, path), sub) for name, sub in block.children().items()}
-        return change(path, replace(block, **subs), weights)
+        return change(path, replace(block, **subs), found)
 
     segments = tuple(replace(segment, block=visit(segment.path, segment.block)) for segment in program.segments)
-    return Fused(program=replace(program, segments=segments), weights=weights)
+    return Fused(program=replace(program, segments=segments), weights=found.weights, unfused=found.unfused)
 
 
 def _composed(first: WeightMap, second: WeightMap) -> WeightMap:

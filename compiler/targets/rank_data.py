@@ -1,7 +1,8 @@
 """The weights of all ranks, written beside their graphs in one pass over the model's weights.
 
 Each parameter is read once, some rows at a time, and written while the next one is read. What is in memory: a few slabs
-of rows, and of two parameters whose matrices are stored transposed the whole, in the precision of the files.
+of rows, and the whole of two parameters whose matrices are stored transposed and of one that is fused, in the precision
+of the files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -202,7 +203,7 @@ def _fused(
     places: Sequence[Mapping[str, int]],
 ) -> list[Array]:
     """Each rank's fused parameter: its pieces of the canonical ones behind each other, scaled in the files' type."""
-    order = placed.external.order or tuple(range(len(placed.shape)))
+    order = placed.external.order or tuple(range(len(params[parts[0].name].shape)))
     wholes: list[Array] = []
     for part in parts:
         param = params[part.name]

@@ -96,7 +96,7 @@ def test_a_pair_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_dialects_leave_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--rounds", "2", "--hidden", "64", "--layers", "1", "--batch", "2", "--prompt", "8"]
+    sizes = ["--rounds", "2", "--hidden", "64", "--layers", "1", "--batch", "2", "--prompt", "8", "--weights", "int4"]
     script("bench_dialects").main([*sizes, "--output", str(tmp_path)])
     (file,) = tmp_path.iterdir()
     record = json.loads(file.read_text())

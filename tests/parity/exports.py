@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from archwright.compiler.interpreters.onnx_dialects import dialect_of
 from archwright.compiler.passes import build_program, lower
+from archwright.compiler.passes.fuse import fuse
 from archwright.compiler.passes.quantize import INPUT_SCALE
 from archwright.compiler.targets.onnx_graph import export_graphs
 from archwright.compiler.weights.quantized import built_weights
@@ -38,7 +40,7 @@ def random_export(seed: int, folder: Path) -> Spec:
     spec = load_tree(tree, folder / "plain.yaml")
     build: Tree = {
         "target": rng.choice(("portable", "tensorrt", "onnxruntime")),
-        "fuse": rng.choice(("none", "auto", "all")),
+        "fuse": rng.choice(("auto", "all", "all") if quantized else ("none", "auto", "all")),
         "precision": rng.choice(("float32", "float32", "float16", "bfloat16")),
         "parallel": _placement(spec, rng),
         "logits": rng.choice(("all", "all", "last")),
@@ -84,7 +86,19 @@ def _rules(spec: Spec, rng: random.Random) -> list[Tree]:
     if not spec.model.tied_embeddings and rng.random() < 0.5:
         rules.append({**rng.choice((*plain, {"kind": "fp8"})), "match": "lm_head"})
     rules.append({**rng.choice((*plain, {"kind": "fp8"}, {"kind": "keep"})), "match": "*.o_proj"})
+    unlike = rng.random()  # what would be one matrix with others, stored in another way or with rounded inputs
+    if unlike < 0.25:
+        rules.append({**rng.choice((*plain, {"kind": "keep"})), "match": "*.k_proj"})
+    elif unlike < 0.4:
+        rules.append({"kind": "fp8", "match": "*.self_attn.*"})
     return [*rules, dict(rng.choice(plain))]
+
+
+def fused_storages(spec: Spec) -> set[str]:
+    """How quantized matrices that the build joins are stored; `not alike` where there are some that it cannot join."""
+    fused = fuse(build_program(spec), dialect_of(spec.build).fusions)
+    stored = {param.storage for name, param in fused.program.params().items() if len(fused.weights.get(name, ())) > 1}
+    return {storage for storage in stored if storage is not None} | ({"not alike"} if fused.unfused else set())
 
 
 def check_export(spec: Spec, seed: int, folder: Path) -> Sequence[Check]:

@@ -7,7 +7,7 @@ import pytest
 
 from archwright.spec import Spec
 from tests.parity.conftest import Record
-from tests.parity.exports import check_export, failures, largest, random_export
+from tests.parity.exports import check_export, failures, fused_storages, largest, random_export
 
 NUM_BUILDS, PIECE, NUM_MANY, MANY_PIECE = 300, 25, 10_000, 200
 
@@ -43,11 +43,16 @@ def test_many_builds_compute_what_their_specs_say(start: int, tmp_path: Path, re
 def test_every_choice_is_drawn(tmp_path: Path) -> None:
     counts = Counter[str]()
     for seed in range(NUM_BUILDS):
-        build = random_export(seed, tmp_path / str(seed)).build
+        spec = random_export(seed, tmp_path / str(seed))
+        build = spec.build
+        if build.quantize is not None:
+            counts.update(f"{build.target}, fused: {storage}" for storage in fused_storages(spec))
         counts.update([build.target, build.precision, f"fuse {build.fuse}", f"logits {build.logits}", build.moe.kind])
         counts.update(f"{axis} {getattr(build.parallel, axis)}" for axis in ("tensor", "pipeline", "expert"))
         counts.update(rule.kind for rule in (build.quantize.rules if build.quantize else ()))
     expected = {"portable", "tensorrt", "onnxruntime", "float32", "float16", "bfloat16", "fuse none", "fuse all"}
     expected |= {"logits all", "logits last", "dense", "gathered", "tensor 2", "tensor 4", "pipeline 2", "pipeline 3"}
     expected |= {"expert 2", "expert 3", "int4", "int8", "fp8", "keep"}
+    targets = ("portable", "tensorrt", "onnxruntime")
+    expected |= {f"{target}, fused: {storage}" for target in targets for storage in ("int4", "int8", "not alike")}
     assert all(counts[name] >= 5 for name in expected), counts

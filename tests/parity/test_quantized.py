@@ -16,16 +16,21 @@ import pytest
 import torch
 
 from archwright.compiler.interpreters.numpy_ops import run_numpy
+from archwright.compiler.interpreters.onnx_dialects import ALL, PORTABLE, Dialect
 from archwright.compiler.interpreters.onnx_ops import OnnxOps
 from archwright.compiler.interpreters.torch_module import TorchProgram
 from archwright.compiler.interpreters.torch_ops import TorchOps
 from archwright.compiler.ir import Program
 from archwright.compiler.module import as_torch
 from archwright.compiler.passes import build_plan, build_program, lower
+from archwright.compiler.passes import fuse as fuse_pass
+from archwright.compiler.passes.fuse import fuse
 from archwright.compiler.passes.quantize import INPUT_SCALE, rounds_inputs
 from archwright.compiler.targets import rank_data
 from archwright.compiler.targets.onnx_graph import export_graphs
+from archwright.compiler.targets.stages import GraphOptions
 from archwright.compiler.tolerances import TOLERANCES, largest_error
+from archwright.compiler.weights.fused import FusedWeights
 from archwright.compiler.weights.quantized import QuantizedWeights, _KnownScales
 from archwright.compiler.weights.streaming import PRECISIONS
 from archwright.runtime.backends.exposing import ExposingBackend
@@ -33,6 +38,7 @@ from archwright.runtime.backends.onnxruntime_backend import open_graphs
 from archwright.runtime.numerics import compare
 from archwright.spec import Spec
 from tests.parity.cases import TestWeights, make_case
+from tests.parity.comparisons import FUSED
 from tests.parity.conftest import Record
 from tests.parity.strategies import Tree, load_tree, random_tree
 
@@ -81,6 +87,14 @@ class Subject:
         self.base = make_case(lower(self.spec), seed)
         self.arrays = {name: np.array(self.weights().read(name)) for name in self.program.params()}
 
+    def fused(self) -> tuple[Program, dict[str, Any]]:
+        """The Program with joined matrices, and its stored values."""
+        done = fuse(self.program, ALL)
+        weights = FusedWeights(
+            weights=TestWeights(tensors=self.arrays), params=done.program.params(), parts=done.weights
+        )
+        return done.program, {name: weights.read(name) for name in weights.names()}
+
     def weights(self) -> QuantizedWeights:
         """As `build` has them. Values in the build's precision, so that writing them rounds nothing."""
         dtype, rng = PRECISIONS[self.spec.build.precision], random.Random(self.seed)
@@ -92,23 +106,25 @@ class Subject:
         )  # fmt: skip
 
 
-def torch_error(subject: Subject) -> float:
-    module = TorchProgram(subject.program, TorchOps(dtype=torch.float64), dtype=torch.float64, device="cpu")
+def torch_error(subject: Subject, *, fused: bool = False) -> float:
+    program, arrays = subject.fused() if fused else (subject.program, subject.arrays)
+    module = TorchProgram(program, TorchOps(dtype=torch.float64), dtype=torch.float64, device="cpu")
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(as_torch(np.array(subject.arrays[name])))
+            parameter.copy_(as_torch(np.array(arrays[name])))
         actual_BSV = module.eval()(torch.from_numpy(subject.base.ids_BS)).numpy()
     return largest_error(actual_BSV, run_numpy(subject.program, subject.arrays, subject.base.ids_BS))
 
 
-def onnx_error(subject: Subject, degree: int) -> float:
+def onnx_error(subject: Subject, degree: int, dialect: Dialect = PORTABLE) -> float:
     """Whole sequences, prefill and decode steps, the end of the cache; of two ranks as one joined graph."""
     folder = subject.folder / f"ranks{degree}-{len(list(subject.folder.iterdir()))}"
     parallel = subject.spec.build.parallel.model_copy(update={"tensor": degree})
     build = subject.spec.build.model_copy(update={"parallel": parallel})
     spec = subject.spec.model_copy(update={"build": build})
     plan, precision, capacity = build_plan(spec), build.precision, min(40, spec.model.max_positions)
-    export_graphs(plan, subject.weights(), folder, precision=precision, capacity=capacity)
+    options = GraphOptions(dialect=dialect)
+    export_graphs(plan, subject.weights(), folder, precision=precision, capacity=capacity, options=options)
     if rounds_inputs(subject.program):
         backend: Any = ExposingBackend(folder, plan, max_batch=None, grouped=False)
     else:
@@ -129,6 +145,21 @@ def test_every_target_runs_the_same_quantized_model(seed: int, tmp_path: Path, r
     assert error < TOLERANCES["onnxruntime", "float32"]
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_joined_matrices_are_the_same_quantized_model(seed: int, tmp_path: Path, record: Record) -> None:
+    subject = Subject(seed, tmp_path / "subject")
+    program, arrays = subject.fused()
+    expected_BSV = run_numpy(subject.program, subject.arrays, subject.base.ids_BS)
+    assert largest_error(run_numpy(program, arrays, subject.base.ids_BS), expected_BSV) < FUSED
+    error = torch_error(subject, fused=True)
+    record("error: torch float64, quantized, fused", error)
+    assert error < TOLERANCES["torch", "float64"]
+    target, degree = ("portable", "onnxruntime")[seed // 2 % 2], 1 + seed % 2
+    error = onnx_error(subject, degree, Dialect(target=target, fusions=ALL))
+    record("error: onnxruntime, quantized, fused", error)
+    assert error < TOLERANCES["onnxruntime", "float32"]
+
+
 def test_matmul_nbits_is_the_same_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime's own operator, as a dialect selects it."""
     monkeypatch.setattr(OnnxOps, "matmul_nbits", True)
@@ -143,6 +174,7 @@ def test_matmul_nbits_is_the_same_model(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 Patch = Callable[[pytest.MonkeyPatch], None]
+FUSED_ONNX = Dialect(target="onnxruntime", fusions=("qkv", "gate_up"))
 
 
 def _pack(change: Callable[[Any, Any], Any]) -> Patch:
@@ -157,6 +189,19 @@ def _note(patch: pytest.MonkeyPatch) -> None:
             self, name, param, rows, np.roll(scale, 1, axis=-1)
         ),
     )  # fmt: skip
+
+
+def _parts(kind: str) -> Patch:
+    """The parts of every fused parameter of a kind the other way round, where they are written and read."""
+    original = fuse_pass._joined
+
+    def joined(path: str, linears: Any, name: str, found: Any) -> Any:
+        made = original(path, linears, name, found)
+        if made is not None:
+            found.weights[f"{path}.{name}.{kind}"] = found.weights[f"{path}.{name}.{kind}"][::-1]
+        return made
+
+    return lambda patch: patch.setattr(fuse_pass, "_joined", joined)
 
 
 def _torch(name: str, change: Callable[..., Any]) -> Patch:
@@ -177,6 +222,8 @@ MUTATIONS: dict[str, tuple[str, Patch]] = {
             ).flatten(-2),
         ),
     ),
+    "parts of a joined matrix the other way round": ("fused", _parts("weight")),
+    "scales of a joined matrix the other way round": ("fused", _parts("weight_scale")),
     "inputs beyond the largest value are not cut": (
         "torch",
         _torch(
@@ -199,7 +246,8 @@ MUTATIONS: dict[str, tuple[str, Patch]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_a_bug_turns_the_suite_red(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record: Record) -> None:
     target, mutate = MUTATIONS[name]
-    measure = torch_error if target == "torch" else lambda subject: onnx_error(subject, 2)
+    dialect = FUSED_ONNX if target == "fused" else PORTABLE
+    measure = torch_error if target == "torch" else lambda subject: onnx_error(subject, 2, dialect)
     tolerance = TOLERANCES["torch", "float64"] if target == "torch" else TOLERANCES["onnxruntime", "float32"]
     for seed in range(NUM_SPECS):
         subject = Subject(seed, tmp_path / str(seed))

@@ -37,6 +37,12 @@ RULES: dict[str, list[dict[str, Any]]] = {
     "mixed": [{"kind": "fp8", "match": "*.o_proj"}, {"kind": "int8", "match": "*.down_proj"}, AWQ],
 }
 
+JOINED: dict[str, dict[str, Any]] = {
+    "awq": {"build.target": "onnxruntime", "build.fuse": "all"},
+    "mixed": {"build.fuse": "all"},
+}
+"""Builds with joined matrices."""
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -61,6 +67,7 @@ def built(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
             quantize = {"rules": RULES[name], "calibration": calibrated(trained)}
             report = build(trained, out, overrides={
                 "build.quantize": quantize, "build.parallel.tensor": 2, "build.precision": "bfloat16",
+                **JOINED.get(name, {}),
             })  # fmt: skip
             assert report.ok and report.quality is not None
             done[name] = (out, report.quality)
@@ -77,6 +84,7 @@ def test_an_artifact_proves_itself(built: Callable[[str], tuple[Path, Quality]],
     measured = json.loads((out / "manifest.json").read_text())["measured"]
     assert measured["quality"]["kl"] == quality.kl > 0
     assert not state_folder(out).exists()
+    assert inspect_folder(out)["unfused_layers"] == {}
     assert "calibration: {" not in (out / "spec.yaml").read_text(), "no paths in an artifact"
 
 

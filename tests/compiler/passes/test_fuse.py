@@ -119,4 +119,9 @@ def test_what_a_build_fuses() -> None:
     assert fusions(fuse="none", target="tensorrt") == ()
     assert fusions(fuse="all") == ALL
     assert fusions(fuse="all", precision="float16") == ("qkv", "gate_up"), "a power of two may lose small numbers there"
+    for kind, chosen in (({"kind": "int4"}, ("qkv", "gate_up")), ({"kind": "int8"}, ())):
+        assert fusions(target="onnxruntime", quantize={"rules": [{"kind": "keep"}, kind]}) == chosen
+        assert fusions(target="portable", quantize={"rules": [kind]}) == ()
+        assert fusions(target="tensorrt", quantize={"rules": [kind]}) == ("scale",)
+    assert fusions(target="onnxruntime") == ()
     assert "scale" in fusions(target="tensorrt") and "scale" not in fusions(target="tensorrt", precision="float16")
