@@ -16,7 +16,7 @@ import numpy as np
 
 from archwright.compiler.interpreters.onnx_dialects import PORTABLE
 from archwright.compiler.ir import Degrees, Program
-from archwright.compiler.passes import degrees_of, lower, run_passes
+from archwright.compiler.passes import build_plan, lower, run_passes
 from archwright.compiler.passes.fuse import fuse
 from archwright.compiler.passes.origin import origin
 from archwright.compiler.reduced import reduced
@@ -219,7 +219,7 @@ class _Comparer:
         self._weights = weights
         self._tolerance = TOLERANCES[target, "float32"]
         sharded = target == "onnxruntime"
-        plan = run_passes(spec, degrees_of(spec.build.parallel) if sharded else Degrees())
+        plan = build_plan(spec) if sharded else run_passes(spec, Degrees())
         self._degree = plan.degrees.tensor
         # By their canonical names, whatever the graphs have fused.
         options = replace(graph_options(spec.build), dialect=PORTABLE) if sharded else DEFAULT_OPTIONS

@@ -17,6 +17,7 @@ from archwright.compiler.weights.folder import open_folder
 from archwright.runtime import build, open_model, verify
 from archwright.runtime.artifact import open_artifact
 from archwright.runtime.backends.exposing import ExposingBackend
+from archwright.runtime.bisection import bisect
 from archwright.runtime.inspection import inspect_folder
 from archwright.runtime.quantization import calibration, preparation
 from archwright.runtime.quantization.calibration import calibrate, state_folder
@@ -81,6 +82,7 @@ def test_an_artifact_proves_itself(built: Callable[[str], tuple[Path, Quality]],
     out, quality = built(name)
     report = verify(out)
     assert report.ok, report.as_text()
+    assert (found := bisect(out)).ok, found.as_text()
     measured = json.loads((out / "manifest.json").read_text())["measured"]
     assert measured["quality"]["kl"] == quality.kl > 0
     assert not state_folder(out).exists()
