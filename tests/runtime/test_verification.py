@@ -15,6 +15,7 @@ from archwright.runtime import numerics, verification, verify
 from archwright.runtime.artifact import SEAL, seal
 from archwright.runtime.verification import Report
 from archwright.spec import ArchwrightError
+from archwright.spec.cli import main
 from archwright.spec.files import sha256_file
 
 
@@ -92,6 +93,12 @@ def test_other_files(copy: Path) -> None:
     (copy / "extra.txt").write_text("extra")
     problems = verify(copy).problems()
     assert [problem.split(":")[0] for problem in problems] == ["VERIFY001 extra.txt", "VERIFY001 tokenizer.model"]
+
+
+def test_a_name_that_is_no_text(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / os.fsdecode(b"caf\xe9")).touch()
+    assert main(["verify", str(copy)]) == 1
+    assert "VERIFY001 caf\\udce9: not listed in manifest.json" in capsys.readouterr().out
 
 
 def test_a_missing_rank(copy: Path) -> None:
