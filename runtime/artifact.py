@@ -147,6 +147,8 @@ def escapes(path: Path) -> Iterator[str]:
             yield f"{name} is a symbolic link"
         elif file.is_file() and file.stat().st_nlink > 1:
             yield f"{name} is a hard link: the file has another name, which may lie outside"
+        elif not file.is_file() and not file.is_dir():
+            yield f"{name} is neither a file nor a folder: whoever reads it may wait for ever"
 
 
 def external_data(path: Path) -> Iterator[str]:

@@ -141,6 +141,26 @@ def test_links_out_of_the_folder(copy: Path, tmp_path: Path, link: str) -> None:
     assert len(problems) == 1 and problems[0].startswith(f"VERIFY002 {name} is a")
 
 
+def test_a_pipe_in_the_folder(copy: Path) -> None:
+    os.mkfifo(copy / "rank1" / "pipe")
+    assert [problem.split(":")[0] for problem in verify(copy).problems()] == [
+        "VERIFY002 rank1/pipe is neither a file nor a folder"
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", "0"), ("length", "x"), ("offset", "-4"), ("offset", "9" * 20)])
+def test_external_data_of_another_size(copy: Path, key: str, value: str) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        for entry in model.graph.initializer[-1].external_data:
+            if entry.key == key:
+                entry.value = value
+
+    change(copy / "rank1" / "stage0.onnx", edit)
+    reseal(copy)
+    report = verify(copy)
+    assert not report.ok and results(report)["numbers"] == "not done"
+
+
 @pytest.mark.parametrize("location", ["../rank0/stage0.data", "/etc/hostname", "sub/stage0.data", ""])
 def test_external_data_elsewhere(copy: Path, location: str) -> None:
     change(copy / "rank1" / "stage0.onnx", lambda model: set_location(model, location))
