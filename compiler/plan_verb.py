@@ -38,5 +38,6 @@ def plan(arguments: list[str]) -> int:
     if chosen.html is not None:
         from archwright.compiler.planning.page import as_html
 
-        atomic_write(chosen.html, as_html(report))
+        # A name may hold half a surrogate pair, which no UTF-8 can.
+        atomic_write(chosen.html, as_html(report).encode(errors="xmlcharrefreplace"))
     return 1 if report.fits is False else 0

@@ -27,6 +27,7 @@ from archwright.compiler.weights.folder import TOKENIZER_FILES
 from archwright.compiler.weights.streaming import PRECISIONS
 from archwright.spec import ArchwrightError, Spec, load
 from archwright.spec.files import sha256_file
+from archwright.spec.json_text import parse_json
 from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
 
 SEAL = "seal"
@@ -104,7 +105,7 @@ class Artifact:
 def is_artifact(path: Path) -> bool:
     """Whether a folder says that it is an artifact, or looks like one whose manifest is broken."""
     try:
-        return json.loads((path / MANIFEST).read_bytes())["kind"] == "artifact"
+        return parse_json((path / MANIFEST).read_bytes())["kind"] == "artifact"
     except (OSError, ValueError, KeyError, TypeError):
         return (path / "rank0").is_dir()
 
@@ -146,6 +147,8 @@ def escapes(path: Path) -> Iterator[str]:
             yield f"{name} is a symbolic link"
         elif file.is_file() and file.stat().st_nlink > 1:
             yield f"{name} is a hard link: the file has another name, which may lie outside"
+        elif not file.is_file() and not file.is_dir():
+            yield f"{name} is neither a file nor a folder: whoever reads it may wait for ever"
 
 
 def external_data(path: Path) -> Iterator[str]:

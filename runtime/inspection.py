@@ -1,6 +1,5 @@
 """What a folder is and what it holds: facts as plain JSON values, one function a kind."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +8,11 @@ from archwright.compiler.ir import Program
 from archwright.compiler.passes import lower
 from archwright.compiler.weights.folder import TOKENIZER_FILES, checkpoints, open_folder
 from archwright.runtime.artifact import Artifact, is_artifact, read_artifact_manifest
+from archwright.runtime.engines.opening import listed_engines
 from archwright.runtime.rank_weights import RankWeights
 from archwright.runtime.text.tokenizer import open_tokenizer
 from archwright.spec import ArchwrightError, Spec, load
+from archwright.spec.json_text import parse_json
 from archwright.spec.manifest import MANIFEST, Manifest, read_manifest
 
 Kind = Literal["artifact", "run", "model", "data", "tokenizer"]
@@ -62,7 +63,7 @@ def _artifact(path: Path) -> Facts:
         "capacity": artifact.capacity,
         "max_batch": artifact.max_batch,
         "degrees": manifest.details.get("degrees"),
-        "engines": {name: _engine_facts(facts) for name, facts in manifest.details.get("engines", {}).items()},
+        "engines": {name: _engine_facts(facts) for name, facts in listed_engines(artifact, manifest).items()},
         "toolchain": manifest.details.get("toolchain"),
         "measured": manifest.measured,
         "tokenizer": _tokenizer_facts(artifact.tokenizer),
@@ -70,7 +71,7 @@ def _artifact(path: Path) -> Facts:
     }
 
 
-def _engine_facts(facts: Facts) -> Facts:
+def _engine_facts(facts: Mapping[str, Any]) -> Facts:
     """What decides where an engine runs, and what is in it."""
     gpu = facts["gpu"]
     where = (
@@ -172,9 +173,9 @@ def _last_metrics(path: Path) -> Facts | None:
     """The last whole line of metrics.jsonl."""
     if not path.is_file():
         return None
-    for line in reversed(path.read_text().splitlines()[-2:]):
+    for line in reversed(path.read_text(errors="replace").splitlines()[-2:]):
         try:
-            return json.loads(line)
+            return parse_json(line)
         except ValueError:  # a run that is being written
             continue
     return None

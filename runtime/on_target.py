@@ -40,7 +40,7 @@ def verify_on_target(
         return Report(path=path, checks=tuple(checks))
     artifact = Artifact(path, load(path / "spec.yaml"))
     engines = find(artifact)
-    probe = read_probe(path, engines.stages)
+    probe = read_probe(path, engines.stages, artifact.spec.model)
     progress(f"opening {len(engines.files)} engine{'s' if len(engines.files) > 1 else ''}")
     backend = TensorRTBackend(engines, start(len(engines.files)))
     try:

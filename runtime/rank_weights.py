@@ -197,6 +197,8 @@ def _place(graph: Path, tensor: TensorProto, shape: tuple[int, ...], stored: Pla
     order = stored.external.order or tuple(range(len(shape)))
     file = graph.parent / entries["location"]
     offset = int(entries.get("offset", 0))
+    if int(entries.get("length", stored.num_bytes)) != stored.num_bytes:
+        raise _wrong(graph, f"`{tensor.name}` has {stored.num_bytes} bytes, and the graph says {entries['length']}")
     if not file.is_file() or offset + stored.num_bytes > file.stat().st_size:
         raise _wrong(graph, f"`{tensor.name}` lies outside {entries['location']}")
     natural = tuple(shape[dim] for dim in order)

@@ -17,6 +17,7 @@ from archwright.spec.source import MapNode, fault, find
 from archwright.spec.structure import Path, parse_path
 
 _MAX_POSITIONS = "model.max_positions"
+MAX_LAYERS = 10_000
 
 
 def check(spec: Spec, tree: MapNode, *, ignore: tuple[Path, ...] = ()) -> list[Diagnostic]:
@@ -62,6 +63,14 @@ def _stack_is_written_once(spec: Spec) -> Iterator[Finding]:
         yield Finding(
             code="SPEC012", path="model.layers", message="`layer` is missing in `model`",
             label=f"{model.layers} of which layer?", help="add `layer:`, a mapping with attention and ffn",
+        )  # fmt: skip
+
+
+def _layers_are_a_stack(spec: Spec) -> Iterator[Finding]:
+    if (layers := spec.model.num_layers) > MAX_LAYERS:
+        yield Finding(
+            code="SPEC014", path="model.layers", message=f"`layers` ({layers}) is more than {MAX_LAYERS}",
+            label="every layer is looked at, one after the other", help=f"use at most {MAX_LAYERS} layers",
         )  # fmt: skip
 
 
@@ -214,6 +223,7 @@ def _scaling_is_sane(path: str, scaling: Llama3Scaling) -> Iterator[Finding]:
 
 RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
     _stack_is_written_once,
+    _layers_are_a_stack,
     _kv_heads_divide_heads,
     _heads_divide_hidden_size,
     _head_dim_is_even,

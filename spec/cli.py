@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from io import TextIOWrapper
 from typing import Any, Literal, cast
 
 from archwright.spec.diagnostics import OutputFormat, diagnostics_of, render
@@ -107,6 +108,9 @@ class _SetAction(argparse.Action):
 
 def _run(name: str, arguments: list[str]) -> int:
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a name of a file may hold what the terminal's encoding does not
+            stream.reconfigure(errors="backslashreplace")
     # OpenMP's threads spin while they wait. Where another process wants the core, that made a training on two threads
     # 20 times slower (400 against 8,000 tokens/s); sleeping threads lose little. Read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -129,7 +133,9 @@ def _run(name: str, arguments: list[str]) -> int:
     except OSError as error:
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
         reason = error.strerror or str(error)
-        return _report(ArchwrightError("SPEC092", f"the system refuses: {reason}", where=where), arguments, debug)
+        help = "check the path, its permissions, and the space on its disk"
+        refused = ArchwrightError("SPEC092", f"the system refuses: {reason}", where=where, help=help)
+        return _report(refused, arguments, debug)
     except Exception as error:
         if debug:
             traceback.print_exc()

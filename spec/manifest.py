@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import NonNegativeInt, ValidationError
+from pydantic import AfterValidator, NonNegativeInt, ValidationError
 
 from archwright.spec.digest import spec_digest
 from archwright.spec.errors import ArchwrightError
@@ -25,6 +25,15 @@ class FileEntry(Node):
     bytes: NonNegativeInt
 
 
+def _plain(facts: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for NaN and infinity, which Python's JSON knows and JSON does not."""
+    json.dumps(facts, allow_nan=False)
+    return facts
+
+
+Facts = Annotated[dict[str, Any], AfterValidator(_plain)]
+
+
 class Manifest(Node):
     """The content of `manifest.json`."""
 
@@ -35,9 +44,9 @@ class Manifest(Node):
     """Of the spec that the folder was made from (`archwright.spec.spec_digest`)."""
     files: dict[str, FileEntry]
     """By path relative to the folder, with `/`."""
-    details: dict[str, Any]
+    details: Facts
     """Facts that the same inputs give again."""
-    measured: dict[str, Any] | None
+    measured: Facts | None
     """Numbers that another run may give differently."""
 
 

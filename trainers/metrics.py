@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 from archwright.spec.files import atomic_write
+from archwright.spec.json_text import parse_json
 
 METRICS = "metrics.jsonl"
 
@@ -19,9 +20,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError:
             break  # torn: what follows, if anything, was written after it
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            break
         records.append(record)
     return records
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
 from archwright.compiler.planning.constants import DEFAULTS, Constants
 from archwright.compiler.planning.machines import GPUS, Gpu, make_gpu
@@ -27,33 +27,37 @@ from archwright.spec.models import Node
 from archwright.spec.source import MapNode, fault, parse, plain, read_source
 from archwright.spec.structure import dotted, suggest
 
+_HELP = "see `gpus` and `constants` in docs/errors.md, PLAN003"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][\w-]*$")]
+Rate = Annotated[float, Field(ge=1e-6, le=1e9)]
+Value = Annotated[float, Field(ge=1e-12, le=1e15)]
+"""Of a constant. Within these limits neither times nor bytes leave the numbers that a computer has."""
 
 
 class Rates(Node):
     """Dense TFLOP/s."""
 
-    half: PositiveFloat
-    single: PositiveFloat
-    double: PositiveFloat = 1.0
+    half: Rate
+    single: Rate
+    double: Rate = 1.0
 
 
 class GpuFile(Node):
     """A GPU as its data sheet has it."""
 
-    memory_gib: PositiveFloat
-    bandwidth_tb_per_s: PositiveFloat
+    memory_gib: Rate
+    bandwidth_tb_per_s: Rate
     tflops: Rates
-    link_gb_per_s: PositiveFloat
-    node_size: PositiveInt = 8
-    network_gbit_per_s: PositiveFloat = 100.0
+    link_gb_per_s: Rate
+    node_size: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    network_gbit_per_s: Rate = 100.0
 
 
 class MachineFile(Node):
     """The whole file."""
 
     gpus: dict[Name, GpuFile] = Field(default_factory=dict)
-    constants: dict[str, PositiveFloat] = Field(default_factory=dict)
+    constants: dict[str, Value] = Field(default_factory=dict)
 
 
 def read_machines(path: Path | None) -> tuple[Mapping[str, Gpu], Constants]:
@@ -66,14 +70,13 @@ def read_machines(path: Path | None) -> tuple[Mapping[str, Gpu], Constants]:
     source = read_source(path, str(path))
     tree, faults = parse(source)
     if faults or not isinstance(tree, MapNode):
-        raise SpecError(faults or [fault(tree.span, "PLAN003", "a machine file is a mapping")])
+        raise SpecError(faults or [fault(tree.span, "PLAN003", "a machine file is a mapping", help=_HELP)])
     try:
         content = MachineFile.model_validate(plain(tree))
     except ValidationError as error:
         places = {tuple(part for part in each["loc"] if part != "[key]"): each["msg"] for each in error.errors()}
-        help = "see `gpus` and `constants` in docs/errors.md, PLAN003"
         faults = [
-            fault(span_of(tree, place), "PLAN003", f"`{dotted(place)}`: {message}", help=help)
+            fault(span_of(tree, place), "PLAN003", f"`{dotted(place)}`: {message}", help=_HELP)
             for place, message in places.items()
         ]
         raise SpecError(faults) from None

@@ -80,8 +80,11 @@ class Cluster:
 
 
 def parse_cluster(text: str, gpus: Mapping[str, Gpu] = GPUS, constants: Constants = DEFAULTS) -> Cluster:
-    """`512xH100` → 512 H100s; `H100` is one. Raises ArchwrightError PLAN001 for anything else."""
-    match = re.fullmatch(r"(?:([1-9]\d{0,6})[xX])?([A-Za-z][\w-]*)", text.strip())
+    """`512xH100` → 512 H100s; `H100` is one, and a million are too many.
+
+    Raises ArchwrightError PLAN001 for anything else.
+    """
+    match = re.fullmatch(r"(?:([1-9]\d{0,5})[xX])?([A-Za-z][\w-]*)", text.strip())
     names = {name.upper(): name for name in gpus}
     name = names.get(match[2].upper()) if match else None
     if match is None or name is None:
@@ -89,6 +92,6 @@ def parse_cluster(text: str, gpus: Mapping[str, Gpu] = GPUS, constants: Constant
             "PLAN001",
             f"`{text}` is not COUNTxGPU",
             where="--gpus",
-            help=f"for example 8xH100; known are {', '.join(gpus)}; --machines FILE adds others",
+            help=f"for example 8xH100, of at most 999,999; known are {', '.join(gpus)}; --machines FILE adds others",
         )
     return Cluster(count=int(match[1] or 1), name=name, gpu=gpus[name], constants=constants)

@@ -10,6 +10,7 @@ from archwright.compiler.ir import Degrees
 from archwright.compiler.planning.report import PlanReport
 from archwright.spec import ArchwrightError, Spec
 from archwright.spec.files import atomic_write
+from archwright.spec.json_text import parse_json
 
 Kind = Literal["training", "inference"]
 
@@ -73,7 +74,7 @@ def _flat(path: str, value: Any) -> dict[str, Any]:
 def _read(path: Path) -> Mapping[str, Any]:
     help = "archwright plan SPEC -o FILE writes one"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["inputs"]
+        found = parse_json(path.read_bytes())["inputs"]
         if not isinstance(found, dict):
             raise TypeError
     except FileNotFoundError:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from archwright.compiler.ir import Param
 from archwright.compiler.weights.initialization import draw
 from archwright.spec import ArchwrightError
+from archwright.spec.json_text import parse_json
 
 Array = NDArray[Any]
 DTYPES: Mapping[str, np.dtype[Any]] = {
@@ -96,7 +97,8 @@ class SafetensorsWeights:
         self._entries: dict[str, _Entry] = {}
         files = [path] if path.is_file() else sorted(path.glob("model*.safetensors"))
         if not files:
-            raise ArchwrightError("RUN010", "holds no model*.safetensors", where=str(path))
+            help = "copy the folder again; a model folder has its weights in model*.safetensors"
+            raise ArchwrightError("RUN010", "holds no model*.safetensors", where=str(path), help=help)
         for file in files:
             entries = _read_header(file)
             if twice := entries.keys() & self._entries.keys():
@@ -130,7 +132,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size - 8:
                 raise ValueError(f"its header is said to have {length} bytes, the file has {size}")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length))
         header.pop("__metadata__", None)
         entries: dict[str, _Entry] = {}
         for name, item in header.items():

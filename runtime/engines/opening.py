@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import onnx
+from pydantic import Field, TypeAdapter, ValidationError
 
 from archwright.compiler.targets.gpus import Gpu
 from archwright.compiler.targets.structural_hash import structural_hash
 from archwright.compiler.targets.tensorrt_loader import tensorrt_flavor, tensorrt_title
 from archwright.runtime.artifact import Artifact, escapes, external_data, read_artifact_manifest
 from archwright.spec import ArchwrightError
-from archwright.spec.models import Profile
+from archwright.spec.manifest import MANIFEST, Manifest
+from archwright.spec.models import Node, Profile
 
 ALL_REDUCE_CAPABILITY = 8.0
 """TensorRT's collectives need this compute capability."""
@@ -55,6 +57,30 @@ class Engines:
         return tuple(Profile.model_validate(profile) for profile in self.facts["profiles"])
 
 
+class _GpuFacts(Node):
+    name: str
+    compute_capability: str
+
+
+class _EngineFacts(Node):
+    """What `EngineBuilder.build` says of an engine; a manifest may come from anywhere."""
+
+    library: str
+    version: str
+    compute_capabilities: list[str]
+    gpu: _GpuFacts | None
+    profiles: Annotated[list[Profile], Field(min_length=1)]
+    flags: list[str]
+    hardware_compatibility: str
+    optimization_level: int
+    workspace_gib: float
+    structural_hash: str
+    layers: dict[str, int]
+
+
+_LISTED = TypeAdapter(dict[str, _EngineFacts])
+
+
 def rebuild(artifact: Artifact) -> str:
     """The command that builds the engines anew."""
     build = artifact.spec.build
@@ -70,12 +96,24 @@ def has_engines(artifact: Artifact) -> bool:
     return bool(read_artifact_manifest(artifact.path).details.get("engines"))
 
 
+def listed_engines(artifact: Artifact, manifest: Manifest) -> Mapping[str, Mapping[str, Any]]:
+    """File of an engine → what the manifest says of it. Raises ArchwrightError RUN044 for what no build wrote."""
+    listed = manifest.details.get("engines", {})
+    try:
+        _LISTED.validate_python(listed)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, ("engines", *first["loc"])))
+        raise _changed(artifact, f"{MANIFEST}: `{place}` is not what `build` wrote: {first['msg']}") from error
+    return listed
+
+
 def find_engines(artifact: Artifact) -> Engines:
     """Raises ArchwrightError RUN040 where there are none, RUN044 where one is missing, not listed in the manifest or of
     another graph, or something in the folder reaches out of it.
     """
     manifest = read_artifact_manifest(artifact.path)
-    listed: Mapping[str, Any] = manifest.details.get("engines", {})
+    listed = listed_engines(artifact, manifest)
     if not listed:
         message = "the artifact holds graphs and no engines"
         raise ArchwrightError("RUN040", message, where=str(artifact.path), help=rebuild(artifact))

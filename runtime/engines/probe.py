@@ -21,6 +21,7 @@ from archwright.compiler.ir import Plan, Step
 from archwright.compiler.ir.program import instance_of
 from archwright.compiler.weights.streaming import Weights
 from archwright.spec import ArchwrightError
+from archwright.spec.models import Model
 
 Array = NDArray[Any]
 
@@ -74,12 +75,26 @@ def write_probe(folder: Path, probe: Probe) -> None:
     (folder / PROBE).write_bytes(save({name: np.ascontiguousarray(array) for name, array in sorted(named.items())}))
 
 
-def read_probe(folder: Path, stages: int) -> Probe:
-    """Raises ArchwrightError VERIFY020 where the artifact has none, or one of another plan."""
+def read_probe(folder: Path, stages: int, model: Model) -> Probe:
+    """Raises ArchwrightError VERIFY020 where the artifact has none, or one of another plan or model."""
     try:
         found = load((folder / PROBE).read_bytes())
         outputs = [*(found[f"hidden.{stage}"] for stage in range(stages - 1)), found["logits"]]
-        return Probe(ids_BT=found["ids"], outputs=tuple(outputs))
-    except (OSError, KeyError, SafetensorError) as error:
+        probe = Probe(ids_BT=found["ids"], outputs=tuple(outputs))
+        _check_fit(probe, model)
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         message, help = f"there is no probe of {stages} stages: {error}", "build the engines again"
         raise ArchwrightError("VERIFY020", message, where=str(folder / PROBE), help=help) from error
+    return probe
+
+
+def _check_fit(probe: Probe, model: Model) -> None:
+    """Raises ValueError for what engines of the model cannot be asked, or do not answer."""
+    ids_BT, widths = probe.ids_BT, [model.hidden_size] * (len(probe.outputs) - 1) + [model.vocab_size]
+    if ids_BT.ndim != 2 or not ids_BT.size or ids_BT.dtype.kind != "i":
+        raise ValueError(f"its ids are {ids_BT.dtype} {list(ids_BT.shape)}")
+    if ids_BT.min() < 0 or ids_BT.max() >= model.vocab_size:
+        raise ValueError(f"it has a token outside the vocabulary of {model.vocab_size}")
+    for output, width in zip(probe.outputs, widths, strict=True):
+        if output.shape != (*ids_BT.shape, width):
+            raise ValueError(f"it has values of {list(output.shape)} for ids of {list(ids_BT.shape)}")

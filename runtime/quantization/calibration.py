@@ -24,6 +24,7 @@ from archwright.compiler.ir import Program
 from archwright.compiler.weights.streaming import Weights
 from archwright.runtime.quantization.segments import run_rows, segment_module
 from archwright.spec.files import atomic_write
+from archwright.spec.json_text import parse_json
 
 Array = NDArray[Any]
 Progress = Callable[[str], None]
@@ -149,7 +150,7 @@ def _write(path: Path, write: Callable[[io.BytesIO], None]) -> None:
 def _resumed(folder: Path, digest: str) -> tuple[int, torch.Tensor | None]:
     """The first segment that is not finished, and what enters it; 0 and None where there is nothing to go on from."""
     try:
-        state = json.loads((folder / _STATE).read_bytes())
+        state = parse_json((folder / _STATE).read_bytes())
         if state["digest"] != digest:
             return 0, None
         finished = int(state["finished"])

@@ -1,15 +1,16 @@
 """The sequences that a model is calibrated and judged on. N sequences, S tokens."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tokenize import TokenError  # NumPy's, of a header with brackets that are not closed
 
 import numpy as np
 from numpy.typing import NDArray
 
-from archwright.runtime.text.tokenizer import open_tokenizer
+from archwright.runtime.text.tokenizer import Tokenizer, open_tokenizer
 from archwright.spec import ArchwrightError
+from archwright.spec.json_text import parse_json
 from archwright.spec.manifest import MANIFEST, read_manifest
 from archwright.spec.models import Calibration
 
@@ -37,17 +38,18 @@ def read_tokens(chosen: Calibration, *, vocab_size: int, tokenizer: Path | None)
     length, wanted = chosen.sequence_length, chosen.samples + chosen.evaluation
     try:
         stream = _stream(path, tokenizer)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, TokenError) as error:
         message = f"the calibration's tokens cannot be read: {error}"
         raise ArchwrightError("BUILD062", message, where=str(path), help=_HELP) from error
     found = len(stream) // length
     if found < wanted:
+        left = found - chosen.evaluation
         raise ArchwrightError(
             "BUILD062",
             f"there are {found} sequences of {length} tokens, and {chosen.samples} samples and {chosen.evaluation} for "
             "evaluation are wanted",
             where=str(path),
-            help=f"give more tokens, or set samples to {max(1, found - chosen.evaluation)}",
+            help="give more tokens" + (f", or set samples to {left}" if left > 0 else ""),
         )
     rows_NS = stream[: found * length].reshape(found, length)
     rows_NS = np.concatenate([rows_NS[: chosen.samples], rows_NS[found - chosen.evaluation :]]).astype(np.int64)
@@ -63,7 +65,7 @@ def _stream(path: Path, tokenizer: Path | None) -> NDArray[np.integer]:
     if path.is_dir():
         return _built(path)
     if path.suffix == ".npy":
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.lib.format.open_memmap(path, mode="r")  # `np.load` opens archives, too
         if array.ndim not in (1, 2) or array.dtype.kind not in "iu":
             raise ValueError(f"an array of {array.dtype} {list(array.shape)}")
         return array.reshape(-1)
@@ -95,13 +97,20 @@ def _lines(path: Path, tokenizer: Path | None) -> Iterator[list[int]]:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
-            item = json.loads(line)
+            item = parse_json(line)
             tokens = item.get("tokens") if isinstance(item, dict) else item
             if isinstance(item, dict) and isinstance(item.get("text"), str) and tokens is None:
                 if tokenizer is None:
                     raise ValueError(f"line {number} is a text, and the model has no tokenizer")
                 opened = opened or open_tokenizer(tokenizer)
-                tokens = opened.encode(item["text"], bos=True)
+                tokens = _encoded(opened, item["text"], number)
             if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
                 raise ValueError(f"line {number} has neither `tokens` nor `text`")
             yield tokens
+
+
+def _encoded(tokenizer: Tokenizer, text: str, line: int) -> list[int]:
+    try:
+        return tokenizer.encode(text, bos=True)
+    except ArchwrightError as error:
+        raise ValueError(f"line {line}: {error.message}") from error

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from archwright.runtime.text.base import BaseTokenizer, Prefix
 from archwright.runtime.text.byte_table import ByteTable
-from archwright.runtime.text.special_tokens import TokenizerConfig, read_config, select
+from archwright.runtime.text.special_tokens import COPY_AGAIN, TokenizerConfig, check_ids, read_config, select
 from archwright.spec.errors import ArchwrightError
 
 _SPACE = "\u2581"
@@ -30,9 +30,11 @@ class HuggingFaceTokenizer(BaseTokenizer):
             self._start = _ordinary(content)
             self._inside = _ordinary(_without_prefix(content))
         except Exception as error:  # `tokenizers` raises plain Exception for a file that it cannot read
-            raise ArchwrightError("TOK002", f"not readable as a tokenizer: {error}", where=str(model_file)) from error
+            message = f"not readable as a tokenizer: {error}"
+            raise ArchwrightError("TOK002", message, where=str(model_file), help=COPY_AGAIN) from error
         config = read_config(model_file.parent)
         vocab = self._start.get_vocab(with_added_tokens=True)
+        check_ids(vocab, model_file)
         special_ids = _special_ids(content, vocab, config)
         special = select(special_ids, config, bos=None, eos=None, where=model_file)
         prefix = _prefix(content)

@@ -8,7 +8,7 @@ from sentencepiece import SentencePieceProcessor
 
 from archwright.runtime.text.base import BaseTokenizer
 from archwright.runtime.text.byte_table import ByteTable
-from archwright.runtime.text.special_tokens import TokenizerConfig, read_config, select
+from archwright.runtime.text.special_tokens import COPY_AGAIN, TokenizerConfig, read_config, select
 from archwright.spec.errors import ArchwrightError
 
 # sentencepiece writes a space as U+2581 and cannot tell it from a U+2581 that stands in the text.
@@ -31,7 +31,8 @@ class SentencePieceTokenizer(BaseTokenizer):
         try:
             processor = SentencePieceProcessor(model_proto=model_file.read_bytes())
         except (RuntimeError, OSError) as error:
-            raise ArchwrightError("TOK002", "not readable as a sentencepiece model", where=str(model_file)) from error
+            message = "not readable as a sentencepiece model"
+            raise ArchwrightError("TOK002", message, where=str(model_file), help=COPY_AGAIN) from error
         self._processor = processor
         config = read_config(model_file.parent)
         pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]

@@ -1,16 +1,19 @@
 """Which tokens are special: what `tokenizer_config.json` and its relatives say, in the spellings found in the wild."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from archwright.spec.errors import ArchwrightError
+from archwright.spec.json_text import parse_json
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
+COPY_AGAIN = "copy the tokenizer's files again; they are broken, cut short or something else"
+TOKEN_IDS = range(1 << 24)
+"""Those that a tokenizer may have; a table of bytes has a row for each."""
 
 # Tried in this order where no file names the token that ends a text.
 _END_OF_TEXT = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|im_end|>")
@@ -49,16 +52,37 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
     except ValueError as error:
-        raise ArchwrightError("TOK002", f"not readable as JSON: {error}", where=str(path)) from error
+        raise ArchwrightError("TOK002", f"not readable as JSON: {error}", where=str(path), help=COPY_AGAIN) from error
     if not isinstance(content, dict):
-        raise ArchwrightError("TOK002", "must hold a JSON object", where=str(path))
+        raise ArchwrightError("TOK002", "must hold a JSON object", where=str(path), help=COPY_AGAIN)
     return content
 
 
 def read_config(folder: Path) -> TokenizerConfig:
-    """Reads tokenizer_config.json, special_tokens_map.json and the stop tokens of generation_config.json."""
+    """Reads tokenizer_config.json, special_tokens_map.json and the stop tokens of generation_config.json.
+
+    Raises TOK002 where one is not what transformers writes.
+    """
+    try:
+        config = _read_config(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        message = f"the files beside the tokenizer name its tokens in a way that is not known: {error}"
+        raise ArchwrightError("TOK002", message, where=str(folder / CONFIG), help=COPY_AGAIN) from error
+    check_ids(config.added, folder / CONFIG)
+    return config
+
+
+def check_ids(ids: Mapping[str, int], where: Path) -> None:
+    """Raises TOK002 for an id that no vocabulary has."""
+    wrong = next((name for name, token_id in ids.items() if token_id not in TOKEN_IDS), None)
+    if wrong is not None:
+        message = f"the token {wrong!r} has the id {ids[wrong]}, which is outside 0 to {TOKEN_IDS[-1]}"
+        raise ArchwrightError("TOK002", message, where=str(where), help="use the ids of the model's vocabulary")
+
+
+def _read_config(folder: Path) -> TokenizerConfig:
     config = {**read_json(folder / SPECIAL_TOKENS_MAP), **read_json(folder / CONFIG)}
     added = {
         entry["content"]: int(token_id)

@@ -120,7 +120,7 @@ class Engine(Node):
     """How TensorRT builds."""
 
     optimization_level: Annotated[int, Field(ge=0, le=5)] = 3
-    workspace_gib: PositiveFloat = 4.0
+    workspace_gib: Annotated[float, Field(gt=0, le=65536)] = 4.0
     timing_cache: str | None = None
     """A file of kernel timings that builds read and add to, all ranks alike. TensorRT for RTX times nothing."""
     version_compatible: bool = False

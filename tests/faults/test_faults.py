@@ -57,7 +57,12 @@ def test_a_careless_writer_is_found_out(rows: Rows) -> None:
 
 @pytest.mark.slow
 def test_engines_too(rows_of: Callable[..., Rows], record_property: Callable[[str, object], None]) -> None:
-    """Where a TensorRT is installed that builds on this machine."""
+    """Where a TensorRT is installed that builds on this machine.
+
+    A fault, of one kind in turn, at each of the some 45 points between the first folder and the flushed name of the
+    artifact: graph, weights, engine, log, probe, manifest. TensorRT computes one engine, without a fault; the runs with
+    faults write it again. Some 30 s of a core.
+    """
     try:
         load_tensorrt()
     except ArchwrightError as error:

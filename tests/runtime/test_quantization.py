@@ -251,6 +251,19 @@ def test_tokens_of_every_form(tmp_path: Path, tokenizer_folder: Path) -> None:
     assert read_tokens(chosen, vocab_size=400, tokenizer=tokenizer_folder).samples_NS.shape == (2, 8)
 
 
+def npy_header(text: str) -> str:
+    """A .npy without values, in Latin-1."""
+    return f"\x93NUMPY\x01\x00{chr(len(text))}\x00{text}"
+
+
+def test_a_text_that_is_no_unicode_is_told_with_its_line(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{"text": "\\ud800"}\n')
+    chosen = Calibration(path=str(tmp_path / "text.jsonl"), samples=1, evaluation=1, sequence_length=8)
+    with pytest.raises(ArchwrightError, match="BUILD062") as error:
+        read_tokens(chosen, vocab_size=400, tokenizer=tokenizer_folder)
+    assert "line 2: character 0 is U+D800" in error.value.message
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -261,11 +274,23 @@ def test_tokens_of_every_form(tmp_path: Path, tokenizer_folder: Path) -> None:
         ("tokens.jsonl", str([500] * 20), "token id 500 is outside"),
         ("tokens.txt", "1 2 3", "ends neither in"),
         ("missing.npy", None, "cannot be read"),
+        ("tokens.jsonl", "[" * 100_000, "nested too deeply"),
+        ("tokens.jsonl", f"[{10**30}]", "cannot be read"),
+        ("tokens.jsonl", '{"text": "a\xff"}', "cannot be read"),
+        ("tokens.npy", "", "cannot be read"),
+        ("tokens.npy", "PK\x03\x04 an archive", "cannot be read"),
+        ("tokens.npy", npy_header("(5, "), "cannot be read"),
+        (
+            "tokens.npy",
+            npy_header("{'descr': '<i8', 'fortran_order': False, 'shape': (" + "9" * 30 + ",)}"),
+            "cannot be",
+        ),
+        ("tokens.npy", npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (3,)}"), "cannot be read"),
     ],
 )
 def test_tokens_that_do_not_serve(tmp_path: Path, name: str, content: str | None, message: str) -> None:
     if content is not None:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_text(content, encoding="latin1")
     chosen = Calibration(path=str(tmp_path / name), samples=1, evaluation=1, sequence_length=8)
     with pytest.raises(ArchwrightError, match="BUILD062") as error:
         read_tokens(chosen, vocab_size=96, tokenizer=None)

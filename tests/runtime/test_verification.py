@@ -15,6 +15,7 @@ from archwright.runtime import numerics, verification, verify
 from archwright.runtime.artifact import SEAL, seal
 from archwright.runtime.verification import Report
 from archwright.spec import ArchwrightError
+from archwright.spec.cli import main
 from archwright.spec.files import sha256_file
 
 
@@ -94,6 +95,12 @@ def test_other_files(copy: Path) -> None:
     assert [problem.split(":")[0] for problem in problems] == ["VERIFY001 extra.txt", "VERIFY001 tokenizer.model"]
 
 
+def test_a_name_that_is_no_text(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / os.fsdecode(b"caf\xe9")).touch()
+    assert main(["verify", str(copy)]) == 1
+    assert "VERIFY001 caf\\udce9: not listed in manifest.json" in capsys.readouterr().out
+
+
 def test_a_missing_rank(copy: Path) -> None:
     shutil.rmtree(copy / "rank1")
     assert "VERIFY001 rank1/stage0.data: missing" in verify(copy).problems()
@@ -132,6 +139,26 @@ def test_links_out_of_the_folder(copy: Path, tmp_path: Path, link: str) -> None:
         (os.symlink if link == "symbolic" else os.link)(outside, copy / name)
     problems = [problem for problem in verify(copy).problems() if problem.startswith("VERIFY002")]
     assert len(problems) == 1 and problems[0].startswith(f"VERIFY002 {name} is a")
+
+
+def test_a_pipe_in_the_folder(copy: Path) -> None:
+    os.mkfifo(copy / "rank1" / "pipe")
+    assert [problem.split(":")[0] for problem in verify(copy).problems()] == [
+        "VERIFY002 rank1/pipe is neither a file nor a folder"
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("length", "0"), ("length", "x"), ("offset", "-4"), ("offset", "9" * 20)])
+def test_external_data_of_another_size(copy: Path, key: str, value: str) -> None:
+    def edit(model: onnx.ModelProto) -> None:
+        for entry in model.graph.initializer[-1].external_data:
+            if entry.key == key:
+                entry.value = value
+
+    change(copy / "rank1" / "stage0.onnx", edit)
+    reseal(copy)
+    report = verify(copy)
+    assert not report.ok and results(report)["numbers"] == "not done"
 
 
 @pytest.mark.parametrize("location", ["../rank0/stage0.data", "/etc/hostname", "sub/stage0.data", ""])

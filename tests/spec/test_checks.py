@@ -58,6 +58,7 @@ CASES: dict[str, Case] = {
     "stack_lacks_its_layer": Case(
         "SPEC012", {"model.layer": None}, {"model.layers": [{"repeat": 2, "layer": LAYER}, {"layer": LAYER}]}
     ),
+    "layers_are_a_stack": Case("SPEC014", {"model.layers": 10_001}, {"model.layers": 2}),
     "stack_has_two_layers": Case("SPEC038", {"model.layers": [{"repeat": 2, "layer": LAYER}]}, {"model.layer": None}),
     "a_run_is_judged_like_the_layer": Case(
         "SPEC020",
@@ -223,6 +224,17 @@ def test_rule(name: str, golden: Callable[[str, str], None]):
     assert all(diagnostic.help and diagnostic.label and diagnostic.path for diagnostic in error.value.diagnostics)
     golden(f"{case.code}_{name}.txt", f"{error.value}\n")
     load("preset:tiny", {**case.overrides, **case.fix})
+
+
+def test_runs_of_layers_are_counted_together():
+    runs = [{"repeat": 5_000, "layer": LAYER}, {"repeat": 5_001, "layer": LAYER}]
+    with pytest.raises(SpecError, match="SPEC014"):
+        load("preset:tiny", {"model.layer": None, "model.layers": runs})
+
+
+def test_more_workspace_than_a_machine_has_is_refused():
+    with pytest.raises(SpecError, match="SPEC014"):
+        load("preset:tiny", {"build.engine.workspace_gib": 1e30})
 
 
 def test_every_rule_has_a_case():

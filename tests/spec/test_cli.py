@@ -135,6 +135,14 @@ def test_how_a_verb_may_end(
         assert "Traceback" in run(capsys, "validate", "--debug")[2]
 
 
+def test_a_name_that_the_terminal_cannot_show_is_no_error(folder: Path):
+    """A file's name may be no text at all, and a terminal may be of another time."""
+    command = f"{sys.executable} -c 'from archwright.spec.cli import main; main()' validate preset:tiny --set name="
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["sh", "-c", command + "naïve"], capture_output=True, text=True, env=environment)
+    assert "na\\xefve" in done.stdout and done.stderr == ""
+
+
 def test_a_reader_that_goes_away_is_no_error():
     command = (
         f"{sys.executable} -c 'import sys; from archwright.spec.cli import main; sys.exit(main())' schema | head -1"

@@ -70,6 +70,8 @@ def test_a_path_out_of_the_folder_is_not_followed(tmp_path: Path):
         (None, "no readable manifest"),
         ("{", "not a manifest"),
         ('{"format": "archwright", "version": 2}', "not a manifest"),
+        ('{"kind": "data", "spec_digest": null, "files": {}, "details": {"a": [NaN]}, "measured": {}}', "not JSON"),
+        ('{"kind": "data", "spec_digest": null, "files": {}, "details": {}, "measured": {"a": 1e999}}', "not JSON"),
     ],
 )
 def test_no_manifest_or_another_one(tmp_path: Path, text: str | None, message: str):

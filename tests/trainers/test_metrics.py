@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from archwright.trainers.metrics import METRICS, MetricsWriter, read_metrics
 
 LOSS = 0.1 + 0.2
@@ -32,6 +34,14 @@ def test_a_torn_last_line_is_dropped(tmp_path: Path) -> None:
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
     write(tmp_path, 3, 3, last_step=2)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("line", ["5", "null", "[1, 2]", '{"loss": 1.0}', '{"step": "3"}', "[" * 100_000, "\x00"])
+def test_a_line_that_is_no_record_ends_them(tmp_path: Path, line: str) -> None:
+    write(tmp_path, 1, 2, last_step=0)
+    with (tmp_path / METRICS).open("a") as file:
+        file.write(f"{line}\n")
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
 def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:

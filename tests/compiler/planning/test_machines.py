@@ -52,7 +52,12 @@ def test_a_file_adds_gpus_and_changes_constants(folder: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("change", "place", "told"),
     [
-        (("memory_gib: 79.6", "memory_gib: -1"), "3:17", "greater than 0"),
+        (("memory_gib: 79.6", "memory_gib: -1"), "3:17", "greater than"),
+        (("memory_gib: 79.6", "memory_gib: 1e308"), "3:17", "less than"),
+        (("half: 756", "half: 1e-300"), "5:20", "greater than"),
+        (("link_gb_per_s: 64", "link_gb_per_s: 64\n    node_size: 9223372036854775807"), "7:16", "less than"),
+        (("matmul_fraction: 0.7", "reserved_bytes: 1e308"), "7:", "less than"),
+        (("matmul_fraction: 0.7", "matmul_fraction: 1e-320"), "7:", "greater than"),
         (("memory_gib", "memory_gb"), "3:16", "memory_gb"),
         (("matmul_fraction", "matmul_fractoin"), "7:", "did you mean `matmul_fraction`?"),
         (("half: 756", "half: fast"), "5:20", "valid number"),

@@ -96,3 +96,8 @@ def test_the_verb_writes_it(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert main(["plan", "preset:tiny", "--gpus", "2xH100", "--html", "plan.html"]) == 0
     assert Page((folder / "plan.html").read_text()).count["svg"] == 2
     assert "tiny: training" in capsys.readouterr().out
+
+
+def test_a_name_that_no_utf_8_can_hold(folder: Path) -> None:
+    assert main(["plan", "preset:tiny", "--set", 'name="a\\ud800"', "--html", "page.html"]) == 0
+    assert "a&#55296;" in Path("page.html").read_text(encoding="utf-8")

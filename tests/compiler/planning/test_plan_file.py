@@ -66,9 +66,9 @@ def test_a_plan_of_training_builds_nothing(path: Path) -> None:
         check_plan(path, spec, degrees_of(spec.build.parallel), "inference")
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"inputs": 3}'])
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"inputs": 3}', "[" * 100_000, "\xff"])
 def test_what_is_no_plan_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "plan.json").write_text(text)
+    (tmp_path / "plan.json").write_text(text, encoding="latin1")
     spec = load("preset:tiny")
     for path in (tmp_path / "plan.json", tmp_path / "absent.json"):
         with pytest.raises(ArchwrightError, match="PLAN004"):

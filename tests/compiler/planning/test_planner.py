@@ -213,7 +213,9 @@ def test_largest_batches_fill_the_memory() -> None:
     assert list(report.inference.largest_batch) == [8192, 4096, 2048, 1024]
 
 
-@pytest.mark.parametrize("text", ["", "x", "0xH100", "8xC300", "-1xH100", "8", "8 H100", "H100x8", "8xH100x2"])
+@pytest.mark.parametrize(
+    "text", ["", "x", "0xH100", "8xC300", "-1xH100", "8", "8 H100", "H100x8", "8xH100x2", "1000000xH100"]
+)
 def test_an_unknown_machine_is_refused(text: str) -> None:
     with pytest.raises(ArchwrightError, match="PLAN001"):
         parse_cluster(text)

@@ -134,7 +134,7 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     "header",
     [
-        "{", "[]", "null", "7", '"text"', "\xff",
+        "{", "[]", "null", "7", '"text"', "\xff", "[" * 100_000,
         {"w": 3}, {"w": []}, {"w": {"dtype": "F32"}},
         {"w": {**ENTRY, "dtype": "F8_E4M3"}}, {"w": {**ENTRY, "dtype": 3}}, {"w": {**ENTRY, "dtype": []}},
         {"w": {**ENTRY, "shape": [3]}}, {"w": {**ENTRY, "shape": [-1, -2]}}, {"w": {**ENTRY, "shape": ["2"]}},

@@ -127,10 +127,10 @@ def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
         ranks.close()
 
 
-def rewrite(folder: Path, engines: Mapping[str, Any]) -> None:
+def rewrite(folder: Path, engines: Any) -> None:
     """A manifest of what now lies in the folder."""
     spec, old = load(folder / "spec.yaml"), read_manifest(folder)
-    details = old.details | {"engines": dict(engines)}
+    details = old.details | {"engines": engines}
     measured = {key: value for key, value in (old.measured or {}).items() if key != SEAL}
     measured[SEAL] = seal(details, measured, old.spec_digest)
     write_manifest(folder, kind="artifact", spec=spec, details=details, measured=measured)

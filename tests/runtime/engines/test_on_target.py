@@ -6,9 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load as safetensors_load
+from safetensors.numpy import save
 
 from archwright.compiler.targets.tensorrt_loader import load_tensorrt
 from archwright.runtime.backends import tensorrt_backend
+from archwright.runtime.engines.device import Array
 from archwright.runtime.engines.opening import find_engines
 from archwright.runtime.engines.probe import PROBE, make_probe, read_probe, write_probe
 from archwright.runtime.on_target import verify_on_target
@@ -73,11 +76,35 @@ def test_a_probe_is_read_as_it_was_written(rig: Callable[..., Rig], tmp_path: Pa
     content = (tmp_path / PROBE).read_bytes()
     write_probe(tmp_path, probe)
     assert (tmp_path / PROBE).read_bytes() == content
-    read = read_probe(tmp_path, 2)
+    read = read_probe(tmp_path, 2, made.spec.model)
     for found, wanted in zip((read.ids_BT, *read.outputs), (probe.ids_BT, *probe.outputs), strict=True):
         np.testing.assert_array_equal(found, wanted)
     with pytest.raises(ArchwrightError, match="VERIFY020 there is no probe of 3 stages"):
-        read_probe(tmp_path, 3)
+        read_probe(tmp_path, 3, made.spec.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "told"),
+    [
+        ("ids", np.full((2, 12), 61), "outside the vocabulary of 61"),
+        ("ids", np.full((2, 12), -1), "outside the vocabulary of 61"),
+        ("ids", np.zeros((2, 12), np.float32), "its ids are float32"),
+        ("ids", np.zeros(12, np.int64), "its ids are int64"),
+        ("ids", np.zeros((0, 12), np.int64), "its ids are int64"),
+        ("logits", np.zeros((2, 12, 60), np.float32), "values of"),
+        ("hidden.0", np.zeros((2, 11, 24), np.float32), "values of"),
+    ],
+)
+def test_a_probe_of_something_else_is_refused(
+    rig: Callable[..., Rig], tmp_path: Path, name: str, array: Array, told: str
+) -> None:
+    """Whoever writes one writes its hash, too; a token that the embedding lacks would be read from elsewhere."""
+    made = rig(stages=2)
+    write_probe(tmp_path, make_probe(made.plan, made.weights, max_batch=3, capacity=40))
+    (tmp_path / PROBE).write_bytes(save(safetensors_load((tmp_path / PROBE).read_bytes()) | {name: array}))
+    with pytest.raises(ArchwrightError, match="VERIFY020") as caught:
+        read_probe(tmp_path, 2, made.spec.model)
+    assert told in caught.value.message and caught.value.help
 
 
 def test_a_changed_file_is_told_before_anything_runs(engines_of: Callable[..., Path]) -> None:

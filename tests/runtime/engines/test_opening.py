@@ -18,6 +18,7 @@ from archwright.runtime.engines.cuda import CudaDevice
 from archwright.runtime.engines.opening import Engines, carries_host_code, check_machine, find_engines, read_engine
 from archwright.runtime.inspection import inspect_folder
 from archwright.spec import ArchwrightError, load
+from archwright.spec.cli import main
 from archwright.spec.manifest import MANIFEST, read_manifest
 from tests.runtime.engines.conftest import engines_of_weights, in_threads, rewrite
 
@@ -176,6 +177,35 @@ def test_a_folder_that_is_not_whole_is_refused(
     assert error.code == "RUN044" and words in error.message
     assert "--to engine" in (error.help or "")
     assert not verify(folder).ok, "verify sees it too, without a GPU"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: 1,
+        lambda entries: "engines",
+        lambda entries: {name: None for name in entries},
+        lambda entries: {name: {} for name in entries},
+        lambda entries: {name: facts | {"profiles": []} for name, facts in entries.items()},
+        lambda entries: {name: facts | {"profiles": [{"batch": 1}]} for name, facts in entries.items()},
+        lambda entries: {name: facts | {"gpu": ["H100"]} for name, facts in entries.items()},
+        lambda entries: {name: facts | {"compute_capabilities": [8.9]} for name, facts in entries.items()},
+        *(
+            lambda entries, key=key: {name: {k: v for k, v in e.items() if k != key} for name, e in entries.items()}
+            for key in ("library", "flags", "layers", "structural_hash")
+        ),
+    ],
+)
+def test_facts_that_no_build_wrote_are_refused(
+    engines_of: Callable[..., Path], change: Callable[[Any], Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = engines_of()
+    entries = change(read_manifest(folder).details["engines"])
+    rewrite(folder, entries)
+    for command in (["verify", str(folder)], ["verify", "--on-target", str(folder)], ["inspect", str(folder)]):
+        assert main(command) == 1
+        said = capsys.readouterr()
+        assert "is not what `build` wrote" in said.out + said.err and "internal error" not in said.err
 
 
 def test_an_artifact_of_graphs_has_no_engines(two_ranks: Path) -> None:

@@ -169,6 +169,40 @@ def test_broken_config_is_refused(sentencepiece_folder: Path, tmp_path: Path) ->
         assert code_of(open_tokenizer, tmp_path) == code
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"added_tokens_decoder": {"x": {"content": "a", "special": true}}}',
+        '{"added_tokens_decoder": {"1": 5}}',
+        '{"added_tokens_decoder": {"1": {"special": true}}}',
+        '{"added_tokens_decoder": [1]}',
+        '{"added_tokens_decoder": {"999999999999999999999": {"content": "a", "special": true}}}',
+        '{"added_tokens_decoder": {"-1": {"content": "a", "special": true}}}',
+    ],
+)
+def test_a_config_of_another_form_is_refused(sentencepiece_folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    assert code_of(open_tokenizer, tmp_path) == "TOK002"
+
+
+def test_stop_tokens_of_another_form_are_refused(sentencepiece_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((sentencepiece_folder / "tokenizer.model").read_bytes())
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [[1]]}')
+    assert code_of(open_tokenizer, tmp_path) == "TOK002"
+
+
+def test_an_id_that_no_vocabulary_has_is_refused(byte_level_folder: Path, tmp_path: Path) -> None:
+    """A table of bytes up to it would take all memory."""
+    content = json.loads((byte_level_folder / "tokenizer.json").read_text())
+    added = {key: False for key in ("single_word", "lstrip", "rstrip", "normalized")}
+    content["added_tokens"].append({"id": 2**32 - 1, "content": "<far>", "special": True, **added})
+    content["model"]["vocab"]["<far>"] = 2**32 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    assert code_of(open_tokenizer, tmp_path) == "TOK002"
+
+
 def test_tokens_that_are_not_bytes_are_refused(byte_level_folder: Path, tmp_path: Path) -> None:
     content = json.loads((byte_level_folder / "tokenizer.json").read_text())
     content["decoder"] = {"type": "WordPiece", "prefix": "##", "cleanup": True}
