@@ -11,6 +11,8 @@ from tests.multi.worlds import Worlds
 
 Found = dict[str, Any]
 pytestmark = pytest.mark.heavy
+STEPS_OF_FOUR = 25
+"""Of four processes, which two cores run slowly; `make test-slow` has all steps."""
 COVERING_FLOAT32 = [(model, mesh) for model, mesh in COVERING if MESHES[mesh].processes == 2][::3]
 EVERY = [(model, mesh) for mesh in MESHES for model in MODELS if mesh != "one" and legal(model, mesh)]
 
@@ -44,14 +46,18 @@ def compare(one: Found, many: Found) -> dict[str, float]:
     }
 
 
-def check_float64(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
-    one, many = worlds.train(model, "one", NUM_STEPS), worlds.train(model, mesh, NUM_STEPS)
+def check_float64(
+    worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str, steps: int = NUM_STEPS
+) -> None:
+    one, many = worlds.train(model, "one", steps), worlds.train(model, mesh, steps)
     deviations = compare(one, many)
     row = {"plan": f"{model}, {mesh}"} | {name: f"{value:.1e}" for name, value in deviations.items()}
-    request.node.user_properties.append((f"table: plans over {NUM_STEPS} steps in float64", row))
+    request.node.user_properties.append((f"table: plans over {steps} steps in float64", row))
     assert many["initial"] == one["initial"]
     assert max(deviations.values()) <= 1e-10, deviations
-    assert one["losses"][-1] < 0.5 * one["losses"][0], "the model learns, so the comparison means something"
+    assert one["losses"][-1] < (0.5 if steps == NUM_STEPS else 0.8) * one["losses"][0], (
+        "the model learns, so the comparison means something"
+    )
 
 
 def check_float32(worlds: Worlds, model: str, mesh: str) -> None:
@@ -75,11 +81,13 @@ def test_plan_in_float32(worlds: Worlds, model: str, mesh: str) -> None:
 @pytest.mark.parametrize("model, mesh", [pair for pair in COVERING if MESHES[pair[1]].processes > 2])
 def test_plan_of_four(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
     """Last, so that the worlds of one and two processes are started once."""
-    check_float64(worlds, request, model, mesh)
+    check_float64(worlds, request, model, mesh, STEPS_OF_FOUR)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model, mesh", [pair for pair in EVERY if pair not in COVERING])
+@pytest.mark.parametrize(
+    "model, mesh", [each for each in EVERY if each not in COVERING or MESHES[each[1]].processes > 2]
+)
 def test_every_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
     check_float64(worlds, request, model, mesh)
 
