@@ -14,6 +14,7 @@ pytestmark = pytest.mark.heavy
 STEPS_OF_FOUR = 25
 """Of four processes, which two cores run slowly; `make test-slow` has all steps."""
 COVERING_FLOAT32 = [(model, mesh) for model, mesh in COVERING if MESHES[mesh].processes == 2][::3]
+WHOLE = [pair for pair in COVERING if MESHES[pair[1]].processes <= 2]
 EVERY = [(model, mesh) for mesh in MESHES for model in MODELS if mesh != "one" and legal(model, mesh)]
 
 
@@ -55,9 +56,8 @@ def check_float64(
     request.node.user_properties.append((f"table: plans over {steps} steps in float64", row))
     assert many["initial"] == one["initial"]
     assert max(deviations.values()) <= 1e-10, deviations
-    assert one["losses"][-1] < (0.5 if steps == NUM_STEPS else 0.8) * one["losses"][0], (
-        "the model learns, so the comparison means something"
-    )
+    learned = 0.5 if steps == NUM_STEPS else 0.8
+    assert one["losses"][-1] < learned * one["losses"][0], "the model learns, so the comparison means something"
 
 
 def check_float32(worlds: Worlds, model: str, mesh: str) -> None:
@@ -68,7 +68,7 @@ def check_float32(worlds: Worlds, model: str, mesh: str) -> None:
     assert many["norms"][0] == pytest.approx(one["norms"][0], rel=1e-5)
 
 
-@pytest.mark.parametrize("model, mesh", [pair for pair in COVERING if MESHES[pair[1]].processes <= 2])
+@pytest.mark.parametrize("model, mesh", WHOLE)
 def test_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
     check_float64(worlds, request, model, mesh)
 
@@ -85,9 +85,7 @@ def test_plan_of_four(worlds: Worlds, request: pytest.FixtureRequest, model: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "model, mesh", [each for each in EVERY if each not in COVERING or MESHES[each[1]].processes > 2]
-)
+@pytest.mark.parametrize("model, mesh", [pair for pair in EVERY if pair not in WHOLE])
 def test_every_plan(worlds: Worlds, request: pytest.FixtureRequest, model: str, mesh: str) -> None:
     check_float64(worlds, request, model, mesh)
 
