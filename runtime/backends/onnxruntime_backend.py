@@ -157,6 +157,7 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             "kv_positions": np.arange(self.num_handed(ids_BS.shape[1], write_index_B, visible)),
             LOGIT_INDEX: index_B,
         }
+        last = len(self._sessions) - 1
         rebind, cache.bound = cache.bound != row, row
         result: Any = None
         for number, (session, binding, inputs) in enumerate(
@@ -166,29 +167,28 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
                 binding.bind_cpu_input(name, np.ascontiguousarray(feeds[name], np.int64))
             if HIDDEN in inputs:
                 binding.bind_ortvalue_input(HIDDEN, result)
-            # The result's shape changes; outputs of an earlier call would be written again.
-            binding.clear_binding_outputs()
-            is_last = number == len(self._sessions) - 1
-            place = CPU if is_last else self._place
-            binding.bind_output(result_name(number, len(self._sessions)), place.kind, place.index)
+            # Bound anew in each call, since its shape changes; the first, so that it is the first of the outputs.
+            place = CPU if number == last else self._place
+            binding.bind_output(result_name(number, last + 1), place.kind, place.index)
             for name in self._more[number]:
                 binding.bind_output(name)
-            for name, item in self._caches[number].items():
-                self._bind_cache(binding, item, cache.values[name], row, rebind)
+            if rebind:
+                for item in self._caches[number].values():
+                    self._bind_cache(binding, item, cache.values[item.name], row)
             session.run_with_iobinding(binding)
-            result, *more = binding.get_outputs()[: 1 + len(self._more[number])]
+            outputs = binding.get_outputs_as_ortvaluevector()
+            result, *more = (self._ort.OrtValue(outputs[index]) for index in range(1 + len(self._more[number])))
             self._seen(number, more)
         return result.numpy()
 
-    def _bind_cache(self, binding: Any, item: Any, value: Any, row: int | None, rebind: bool) -> None:
+    def _bind_cache(self, binding: Any, item: Any, value: Any, row: int | None) -> None:
         """Bind the memory of a cache, or of one row of it, as input and as its own update."""
         shape, pointer = value.shape(), value.data_ptr()
         if row is not None:
             pointer += row * (value.tensor_size_in_bytes() // shape[0])
             shape = [1, *shape[1:]]
         described = (self._place.kind, self._place.index, ELEMENTS[item.type], shape, pointer)
-        if rebind:
-            binding.bind_input(item.name, *described)
+        binding.bind_input(item.name, *described)
         binding.bind_output(item.name.replace("past.", "present."), *described)
 
     def _seen(self, stage: int, values: Sequence[Any]) -> None:

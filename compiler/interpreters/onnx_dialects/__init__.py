@@ -23,9 +23,9 @@ class _Target:
 
     On ONNX Runtime's CPU kernels none pays: at 512 x 8 and 256 x 8 they are within the noise, which the same harness
     shows for equal graphs (benchmarks/results/2026-11-25-dialects-*.json), int4 on one thread among them. On two
-    threads, which meet behind each product, an 88M model of int4 decoded 3.1% and 0.6% faster with joined matrices
-    (2026-11-25-exporters-onnxruntime-int4*.json, the latter on a machine that others used). Under `tensorrt` the
-    folded scale takes away a product in each layer, and costs nothing.
+    threads, which meet behind each product, an 88M model of int4 decoded 1.6% faster with joined matrices
+    (2026-11-25-exporters-onnxruntime-int4.json). Under `tensorrt` the folded scale takes away a product in each layer,
+    and costs nothing.
     """
 
     ops: type[OnnxOps]
