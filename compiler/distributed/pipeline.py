@@ -64,19 +64,19 @@ class Pipeline:
         column = mesh.degrees.world // self._ranks
         place = dist.get_rank() % column
         after, before = ((self._rank + step) % self._ranks * column + place for step in (1, -1))
-        # (backward, incoming) → channel. Groups are made by their two members alone, in one order on both.
+        # The sources of what is handed on: the last rank is none, unless it has further stages before it.
+        sources = range(self._ranks - (model.plan.degrees.stages_per_rank == 1))
+        columns = [[rank * column + first for rank in range(self._ranks)] for first in range(column)]
+        # (backward, incoming) → channel. Two ranks that send to each other do so in groups of their own, even and odd.
         self._edges: dict[tuple[bool, bool], _Edge] = {}
-        steps = sorted([(self._rank, False), ((self._rank - 1) % self._ranks, True)])
-        if model.plan.degrees.stages_per_rank == 1:
-            steps = [step for step in steps if step[0] < self._ranks - 1]  # the last rank hands nothing on
         for backward in (False, True):
-            for source, incoming in steps:
-                peer, here = (before if incoming else after), dist.get_rank()
-                pair = [peer, here] if incoming else [here, peer]
-                name = f"pipeline-{source}-{place}-{'backward' if backward else 'forward'}"
-                group = dist.new_group(sorted(pair), use_local_synchronization=True, group_desc=name)
+            for odd in sorted({source % 2 for source in sources}):
+                group, _ = dist.new_subgroups_by_enumeration(columns)
                 assert isinstance(group, dist.ProcessGroup)
-                self._edges[backward, incoming != backward] = _Edge(group=group, peer=peer)
+                for source, incoming in ((self._rank, False), ((self._rank - 1) % self._ranks, True)):
+                    if source in sources and source % 2 == odd:
+                        peer = before if incoming else after
+                        self._edges[backward, incoming != backward] = _Edge(group=group, peer=peer)
 
     def train(self, pieces: Sequence[Piece], total: Tensor) -> Tensor:
         """Gradients of the summed loss / total. Gives that loss, of this rank's tokens; 0 without the last stage."""

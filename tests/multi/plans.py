@@ -134,6 +134,7 @@ COVERING = [
     ("untied", "tensor 4"),
     ("untied", "data_shard 2, tensor 2"),
     ("moe", "pipeline 2, tensor 2, sequence"),
+    ("tied", "pipeline 4, 1f1b"),
     ("moe, untied", "data_replicate 2, data_shard 2"),
 ]
 """What `make test` trains, by number of processes, so that a world is started once; `make test-slow` trains every model
