@@ -280,12 +280,7 @@ def _gpu_checks(artifact: Artifact, weights: Weights) -> Iterator[Check]:
 
 def _backend(artifact: Artifact) -> OnnxRuntimeBackend:
     if rounds_inputs(artifact.program):
-        return ExposingBackend(
-            artifact.path,
-            artifact.plan,
-            max_batch=artifact.max_batch,
-            grouped=artifact.dialect.target == "onnxruntime",
-        )
+        return ExposingBackend(artifact.path, artifact.plan, max_batch=artifact.max_batch)
     return open_artifact_graphs(artifact)
 
 

@@ -17,8 +17,8 @@ from archwright.compiler.ir import Plan
 from archwright.compiler.targets.merge import merge_ranks
 from archwright.compiler.targets.portable_form import as_portable
 from archwright.compiler.targets.retype import as_float32
-from archwright.runtime.backends.base import Ids, Logits
-from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend, OrtCache
+from archwright.runtime.backends.base import Ids
+from archwright.runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 from archwright.runtime.backends.onnxruntime_sessions import open_joined
 
 Array = NDArray[Any]
@@ -67,7 +67,7 @@ class RoundedValues:
 class ExposingBackend(OnnxRuntimeBackend):
     """The rank graphs of a plan, joined and in float32; `rounded` has what the calls since `begin` rounded."""
 
-    def __init__(self, folder: Path, plan: Plan, *, max_batch: int | None, grouped: bool) -> None:
+    def __init__(self, folder: Path, plan: Plan, *, max_batch: int | None) -> None:
         stages = [plan.stage_ranks(stage) for stage in range(len(plan.stages))]
         models = [as_float32(as_portable(merge_ranks(folder, stage=s, ranks=ranks))) for s, ranks in enumerate(stages)]
         names = [[node.output[0] for node in m.graph.node if node.output[0].endswith(ROUNDED)] for m in models]
@@ -83,7 +83,7 @@ class ExposingBackend(OnnxRuntimeBackend):
         super().__init__(
             [open_joined(model.SerializeToString(), folder) for model in models],
             max_batch=max_batch,
-            grouped=grouped,
+            grouped=any(node.op_type == "GroupQueryAttention" for model in models for node in model.graph.node),
             description="ONNX Runtime, CPU, float32, rounded inputs read",
             more=[
                 [f"rank{rank}/{name}" for name in own for rank in ranks]
@@ -96,19 +96,9 @@ class ExposingBackend(OnnxRuntimeBackend):
         """Forget what was rounded."""
         self.rounded = RoundedValues()
 
-    def _call(
-        self,
-        cache: OrtCache,
-        row: int | None,
-        ids_BS: Ids,
-        positions_BS: Ids,
-        write_index_B: Ids,
-        visible: int,
-        index_B: Ids,
-    ) -> Logits:
+    def _begin_call(self, first_row: int, positions_BS: Ids, index_B: Ids) -> None:
         positions, index = np.array(positions_BS), np.array(index_B)
-        self.rounded.calls.append(RoundedCall(first_row=row or 0, positions_BS=positions, index_B=index))
-        return super()._call(cache, row, ids_BS, positions_BS, write_index_B, visible, index_B)
+        self.rounded.calls.append(RoundedCall(first_row=first_row, positions_BS=positions, index_B=index))
 
     def _seen(self, stage: int, values: Sequence[Any]) -> None:
         arrays, widths = [value.numpy() for value in values], self._widths[stage]

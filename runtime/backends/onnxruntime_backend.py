@@ -157,6 +157,7 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
             "kv_positions": np.arange(self.num_handed(ids_BS.shape[1], write_index_B, visible)),
             LOGIT_INDEX: index_B,
         }
+        self._begin_call(row or 0, positions_BS, index_B)
         last = len(self._sessions) - 1
         rebind, cache.bound = cache.bound != row, row
         result: Any = None
@@ -190,6 +191,9 @@ class OnnxRuntimeBackend(Backend[OrtCache]):
         described = (self._place.kind, self._place.index, ELEMENTS[item.type], shape, pointer)
         binding.bind_input(item.name, *described)
         binding.bind_output(item.name.replace("past.", "present."), *described)
+
+    def _begin_call(self, first_row: int, positions_BS: Ids, index_B: Ids) -> None:
+        """Told of a call before it is made, of the rows of the cache from `first_row` on."""
 
     def _seen(self, stage: int, values: Sequence[Any]) -> None:
         """Told of what a stage gave of its `more` outputs."""

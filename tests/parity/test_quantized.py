@@ -126,7 +126,7 @@ def onnx_error(subject: Subject, degree: int, dialect: Dialect = PORTABLE) -> fl
     options = GraphOptions(dialect=dialect)
     export_graphs(plan, subject.weights(), folder, precision=precision, capacity=capacity, options=options)
     if rounds_inputs(subject.program):
-        backend: Any = ExposingBackend(folder, plan, max_batch=None, grouped=False)
+        backend: Any = ExposingBackend(folder, plan, max_batch=None)
     else:
         backend = open_graphs(folder, ranks=degree, precision=precision)
     oracle = TestWeights(tensors=subject.arrays)

@@ -15,6 +15,7 @@ from archwright.runtime.backends.onnxruntime_backend import open_onnxruntime
 from archwright.runtime.backends.onnxruntime_sessions import CUDA, cuda_problem
 from archwright.runtime.verification import Report
 from archwright.spec import ArchwrightError
+from tests.runtime.pieces import pieces
 
 HEADS = {"model.layer.attention.head_dim": 64}
 BUILDS: dict[str, dict[str, Any]] = {
@@ -90,19 +91,8 @@ class TestOnAGpu:
     def test_prompts_in_pieces_at_uneven_places(self, built: Callable[[str], Path], name: str) -> None:
         backend = open_onnxruntime(open_artifact(built(name)), "cuda", "auto")
         most = allowed(verify(built(name)))
-        ids_BS = np.random.default_rng(0).integers(0, 400, (3, 40))
-        expected_BSV, starts_B = backend.whole(ids_BS), np.array([0, 9, 24])
-        cache = backend.new_cache(3, 40)
-        pointers = cache.pointers()
-        backend.prefill(cache, ids_BS[:, :24], starts_B.clip(1))
-        for size in (1, 7, 1, 5):
-            rows_BS = starts_B[:, None] + np.arange(size)
-            part_BS = np.take_along_axis(ids_BS, rows_BS, axis=1)
-            actual_BSV = backend.forward(cache, part_BS, rows_BS, starts_B, int(starts_B.max()) + size)
-            wanted_BSV = np.take_along_axis(expected_BSV, rows_BS[:, :, None], axis=1)
+        for actual_BSV, wanted_BSV, _ in pieces(backend, (1, 7, 1, 5)):
             assert largest_error(actual_BSV, wanted_BSV) < most
-            starts_B = starts_B + size
-        assert cache.pointers() == pointers
 
     def test_a_graph_that_would_run_on_the_cpu_in_part_is_refused(
         self, write_model: Callable[..., Path], build_artifact: Callable[..., Path]

@@ -20,6 +20,7 @@ from archwright.runtime.rank_weights import RankWeights, not_finite
 from archwright.spec import ArchwrightError
 from archwright.spec.cli import main
 from archwright.spec.manifest import read_manifest
+from tests.runtime.pieces import pieces
 
 ROPE = {"kind": "rope"}
 FFN = {"kind": "swiglu", "hidden_size": 64}
@@ -124,20 +125,8 @@ def test_prompts_in_pieces_at_uneven_places(built: Callable[[str], Path], name: 
     """Each row's pieces of 1, 7, 3 and 5 tokens behind its own prompt give what whole sequences give."""
     backend = open_model(built(name)).backend
     assert isinstance(backend, OnnxRuntimeBackend)
-    ids_BS = np.random.default_rng(0).integers(0, 400, (3, 40))
-    expected_BSV, starts_B = backend.whole(ids_BS), np.array([0, 9, 24])
-    cache = backend.new_cache(3, 40)
-    pointers = cache.pointers()
-    backend.prefill(cache, ids_BS[:, :24], starts_B.clip(1))
-    for size in (1, 7, 3, 5):
-        rows_BS = starts_B[:, None] + np.arange(size)
-        part_BS = np.take_along_axis(ids_BS, rows_BS, axis=1)
-        actual_BSV = backend.forward(cache, part_BS, rows_BS, starts_B, int(starts_B.max()) + size)
-        wanted_BSV = np.take_along_axis(expected_BSV, rows_BS[:, :, None], axis=1)
-        assert np.abs(actual_BSV - wanted_BSV).max() < 2e-5 * np.abs(expected_BSV).max()
-        starts_B = starts_B + size
-    assert cache.pointers() == pointers
-    assert all(value.numpy().any() for value in cache.values.values())
+    for actual_BSV, wanted_BSV, largest in pieces(backend, (1, 7, 3, 5)):
+        assert np.abs(actual_BSV - wanted_BSV).max() < 2e-5 * largest
 
 
 def test_inspect_says_which_layers_are_portable(

@@ -95,7 +95,7 @@ def test_rounded_values_are_read_row_by_row(trained: Path, tmp_path: Path) -> No
     quantize = {"rules": RULES["fp8"], "calibration": calibrated(trained)}
     assert build(trained, tmp_path / "out", overrides={"build.quantize": quantize, "build.target": "onnxruntime"}).ok
     artifact = open_artifact(tmp_path / "out")
-    backend = ExposingBackend(artifact.path, artifact.plan, max_batch=None, grouped=True)
+    backend = ExposingBackend(artifact.path, artifact.plan, max_batch=None)
     ids_BS = markov(3, 24, seed=6)
     logits_BSV = backend.whole(ids_BS)
     once = backend.rounded.gathered(24)
