@@ -67,7 +67,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="a setting of torch._inductor.config, its value as JSON; may be repeated",
     )
-    add("--symmetric-memory", action="store_true", help="of tensor ranks, which inductor's _micro_pipeline_tp needs")
     add("--profile", action="store_true", help="add the kernels of one more step to the result")
     add("--output", type=Path, default=RESULTS, help="folder of the result")
     add("--label", help="in the name of the result's file")
@@ -103,8 +102,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
 def measure(chosen: argparse.Namespace, world: World, device: torch.device) -> dict[str, Any]:
     spec, report = planned(chosen, world, device)
     contestants = make_contestants(chosen, spec, degrees_of(spec.parallel, world.size), device)
-    if chosen.symmetric_memory:
-        share_memory(contestants[0])
     timings = run(chosen, world, device, contestants)
     per_token = report.flops
     record: dict[str, Any] = {
@@ -215,16 +212,6 @@ def set_inductor(settings: Sequence[str]) -> None:
             setattr(target, name, json.loads(value))
         except (AttributeError, ValueError) as error:
             raise SystemExit(f"bench_training: --inductor {setting}: {error}") from None
-
-
-def share_memory(contestant: Contestant) -> None:
-    """Before the first step, which compiles."""
-    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
-
-    mesh = contestant.trainer.model.mesh if isinstance(contestant, Archwright) else None
-    if mesh is None or "tensor" not in mesh.groups:
-        raise SystemExit("bench_training: --symmetric-memory is of tensor ranks")
-    enable_symm_mem_for_group(mesh.groups["tensor"].group_name)
 
 
 def make_contestants(

@@ -16,7 +16,7 @@ from archwright.spec.models import AdamW, Pretrain
 from archwright.trainers.batches import Share, Windows, training_batch
 from archwright.trainers.checkpoints import Progress
 from archwright.trainers.dataset import Split
-from archwright.trainers.loop import Launched, assemble_trainer, launch_step
+from archwright.trainers.loop import Launched, assemble_trainer, freeze_garbage, launch_step
 from archwright.trainers.optimizer import schedule_factor
 from archwright.trainers.run_folder import Start, master_precision
 
@@ -68,7 +68,10 @@ class Archwright:
 
     def step(self) -> None:
         """As in `run_steps`: a step is read when the next one is under way."""
-        launched = launch_step(self.trainer, len(self.losses) + (self.waiting is not None))
+        index = len(self.losses) + (self.waiting is not None)
+        launched = launch_step(self.trainer, index)
+        if index == 1:
+            freeze_garbage()
         self._read()
         self.waiting = launched
 

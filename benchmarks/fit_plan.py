@@ -66,7 +66,7 @@ class Run:
         found = estimate(self.layout, self.spec.parallel, self.spec.train, cluster)
         assert found.time is not None
         fullest = max(found.memory, key=total_bytes)
-        added = fullest.context_bytes + fullest.nccl_bytes + fullest.allocator_bytes
+        added = fullest.windows_bytes + fullest.context_bytes + fullest.nccl_bytes + fullest.allocator_bytes
         return {
             "step_s": found.time.step_s,
             "peak_allocated_bytes": total_bytes(fullest) - added,

@@ -93,6 +93,16 @@ def _sequence_needs_tensor(spec: Spec) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _symmetric_memory_needs_sequence(spec: Spec) -> Iterator[Finding]:
+    if spec.parallel.symmetric_memory is True and not spec.parallel.sequence:
+        yield Finding(
+            code="SPEC050", path="parallel.symmetric_memory", others={"parallel.sequence": False},
+            message="`parallel.symmetric_memory` is true and `parallel.sequence` is false",
+            label="what travels by copies are tokens that tensor ranks share, and they share none",
+            help="use symmetric_memory: auto, or sequence: true",
+        )  # fmt: skip
+
+
 def _ring_attends_causally(spec: Spec) -> Iterator[Finding]:
     if not spec.parallel.ring:
         return
@@ -190,6 +200,7 @@ MESH_RULES: tuple[Callable[[Spec], Iterator[Finding]], ...] = (
     _tensor_splits_ffn,
     _one_degree_is_auto,
     _sequence_needs_tensor,
+    _symmetric_memory_needs_sequence,
     _ring_attends_causally,
     _tokens_are_spread_evenly,
     _pipeline_has_layers,

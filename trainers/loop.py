@@ -1,5 +1,6 @@
 """The step loop, one for pretraining and finetuning, one process or many."""
 
+import gc
 import math
 import time
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from archwright.compiler.distributed.apply import Options, ShardedModel, apply_p
 from archwright.compiler.distributed.checkpointing import checkpointing_of
 from archwright.compiler.distributed.mesh import Mesh, make_mesh
 from archwright.compiler.distributed.pipeline import Pipeline
+from archwright.compiler.distributed.symmetric import close_window, has_window, open_window
 from archwright.compiler.ir import Degrees, Plan
 from archwright.compiler.module import DTYPES
 from archwright.compiler.passes import TRAINING_TABLE, run_passes
@@ -33,7 +35,10 @@ from archwright.trainers.run_folder import Inputs, Start, master_precision
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A model, its optimizer and its samples on this rank's device. pipeline: None where one rank has all layers."""
+    """A model, its optimizer and its samples on this rank's device.
+
+    pipeline: None where one rank has all layers. notes: what the user should know of how it runs.
+    """
 
     spec: Spec
     train: Pretrain | Sft
@@ -44,6 +49,7 @@ class Trainer:
     share: Share
     held_out: Samples | None = None
     validation: Split | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -75,6 +81,7 @@ def assemble_trainer(
 ) -> Trainer:
     """A trainer on the given samples, without an evaluation. Every process of the mesh calls this."""
     mesh = make_mesh(degrees, device.type)
+    notes = _share_memory(spec, degrees, mesh, device)
     model = _make_model(spec, train, start, degrees, mesh, device)
     optimizer = make_optimizer(model, train.optimizer)
     if start.checkpoint is not None:
@@ -88,6 +95,36 @@ def assemble_trainer(
         optimizer=optimizer,
         samples=samples,
         share=Share(rank=rank, ranks=degrees.data, micro_batches=train.micro_batches),
+        notes=notes,
+    )
+
+
+def _share_memory(spec: Spec, degrees: Degrees, mesh: Mesh | None, device: torch.device) -> tuple[str, ...]:
+    """Let tensor ranks that share the sequence read each other's memory; what to tell where they should and cannot.
+
+    Raises ArchwrightError TRAIN018 where the spec demands it.
+    """
+    wanted = spec.parallel.symmetric_memory
+    if mesh is None or degrees.tensor == 1:
+        return ()
+    close_window(mesh.groups["tensor"])
+    if wanted is False or not degrees.sequence:
+        return ()
+    if device.type == "cuda":
+        problem = open_window(mesh.groups["tensor"])
+    elif wanted == "auto":
+        return ()
+    else:
+        problem = "they are not on GPUs"
+    if problem is None:
+        return ("tensor ranks exchange tokens by copies between their memories",)
+    if wanted == "auto":
+        return (f"tensor ranks exchange tokens by NCCL, and not by copies between their memories: {problem}",)
+    raise ArchwrightError(
+        "TRAIN018",
+        f"tensor ranks cannot read each other's memory: {problem}",
+        where="parallel.symmetric_memory",
+        help="use symmetric_memory: auto, which goes on without",
     )
 
 
@@ -112,11 +149,19 @@ def _make_model(
         compute_dtype=DTYPES[train.precision],
         device=device,
         checkpointing=checkpointing_of(train.activation_checkpointing),
-        compile_layers={} if compiled else None,
+        compile_layers=_compile_options(mesh) if compiled else None,
         reshard=spec.parallel.reshard and degrees.pipeline == 1,
         token_dim=_token_dim(plan, train, degrees),
     )
     return apply_plan(plan, weights, mesh, options)
+
+
+def _compile_options(mesh: Mesh | None) -> dict[str, object]:
+    if mesh is None or "tensor" not in mesh.groups or not has_window(mesh.groups["tensor"]):
+        return {}
+    from archwright.compiler.distributed.early_copies import COMPILE_OPTIONS  # here: it loads the compiler of torch
+
+    return {"options": COMPILE_OPTIONS}
 
 
 def _token_dim(plan: Plan, train: Pretrain | Sft, degrees: Degrees) -> int:
@@ -150,6 +195,13 @@ def _held_out(train: Pretrain | Sft, split: Split, degrees: Degrees) -> Samples 
         return None
 
 
+def freeze_garbage() -> None:
+    """Python's collector need not look again through what there is once layers are compiled: on one rank that takes
+    0.2 s now and then, and all others wait for it. `gc.unfreeze` takes it back."""
+    gc.collect()
+    gc.freeze()
+
+
 def run_steps(
     trainer: Trainer, run: Path, progress: Progress, *, metrics: MetricsWriter | None, reporter: Reporter | None
 ) -> Progress:
@@ -159,9 +211,11 @@ def run_steps(
     to do than the step, it is read at once.
     Raises ArchwrightError TRAIN015 where the loss is not a finite number any more.
     """
-    train, waiting = trainer.train, None
+    train, waiting, second = trainer.train, None, progress.step + 1
     for index in range(progress.step, train.steps):
         launched = launch_step(trainer, index)
+        if index == second:
+            freeze_garbage()
         if waiting is not None:
             progress = _note(trainer, run, waiting, progress, metrics, reporter)
         waiting, step = launched, index + 1

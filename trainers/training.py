@@ -1,6 +1,7 @@
 """One training from the inputs to the model folder, as one process of a world."""
 
 import ctypes
+import gc
 from pathlib import Path
 
 import torch
@@ -50,6 +51,7 @@ def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None
         message = "the connection to another process of this training is lost"
         raise ArchwrightError("TRAIN017", message, where=str(run), help=help) from error
     finally:
+        gc.unfreeze()
         leave(world)
 
 
@@ -128,5 +130,7 @@ def _introduce(trainer: Trainer, reporter: Reporter, start: Start, world: World)
             f"{len(samples)} conversations; {samples.num_cut} cut to {train.sequence_length + 1} tokens, "
             f"{samples.num_left_out} left out because nothing to learn is within that length"
         )
+    for note in trainer.notes:
+        reporter.say(note)
     if trainer.held_out is None:
         reporter.say("no evaluation: the data's validation split holds no sample")

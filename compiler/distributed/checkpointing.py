@@ -9,6 +9,7 @@ import torch
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from archwright.compiler.distributed.ring import RING_ATTENTION
+from archwright.compiler.distributed.symmetric import FETCH
 from archwright.spec.models import Recompute
 
 _aten, _collectives = torch.ops.aten, torch.ops._c10d_functional
@@ -26,6 +27,7 @@ KEPT: dict[str, tuple[Any, ...]] = {
         # A matrix product is what all ranks hold once it is summed: keeping it saves the collective too.
         _collectives.all_reduce.default,
         _collectives.reduce_scatter_tensor.default,
+        FETCH,
     ),
 }
 """Operation of the language (`activation_checkpointing.keep`) → torch's operators whose outputs are kept."""

@@ -8,6 +8,8 @@ scatter_to    reduce-scatter  all-gather         ranks hold parts of one sum, ea
 join          all-gather    own piece          ranks hold pieces, all compute the same with the whole
 sum_over      all-reduce    all-reduce         ranks hold parts of one sum, each makes its part of the loss of it
 all_to_all    all-to-all    all-to-all         rows travel to other ranks, their gradients back
+
+Where a group has a window (symmetric.py), `gather_from` and `scatter_to` go through it.
 """
 
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed._functional_collectives as funcol
 from torch.distributed import ProcessGroup, all_to_all_single
+
+from archwright.compiler.distributed import symmetric
 
 Tensor = torch.Tensor
 
@@ -36,12 +40,25 @@ _reduce_scatter: Any = getattr(funcol, "reduce_scatter_single", None) or funcol.
 
 
 def all_gather(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
-    whole = _arrived(_all_gather(x.contiguous(), 0, group))
-    # Put together here: torch.compile of 2.11 cannot see into the operator's own way of doing it.
-    return whole if dim == 0 else torch.cat(whole.chunk(whole.shape[0] // x.shape[0]), dim)
+    return _along(dim, _arrived(_all_gather(x.contiguous(), 0, group)), x.shape[0])
 
 
-def reduce_scatter(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+def _along(dim: int, whole: Tensor, rows: int) -> Tensor:
+    """Pieces of `rows` rows, one behind the other, put together along another dim. Here: torch.compile of 2.11 cannot
+    see into the operator's own way of doing it."""
+    return whole if dim == 0 else torch.cat(whole.chunk(whole.shape[0] // rows), dim)
+
+
+def _gather_pieces(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    if symmetric.has_window(group):
+        return _along(dim, symmetric.all_gather(x.contiguous(), group), x.shape[0])
+    return all_gather(x, group, dim)
+
+
+def _scatter_sum(x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
+    if symmetric.has_window(group):
+        pieces = x if dim == 0 else torch.cat(x.chunk(group.size(), dim))
+        return symmetric.reduce_scatter(pieces.contiguous(), group)
     return _arrived(_reduce_scatter(x.contiguous(), "sum", dim, group))
 
 
@@ -70,22 +87,22 @@ class _GatherFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return all_gather(x, group, dim)
+        return _gather_pieces(x, group, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return reduce_scatter(grads[0], ctx.group, ctx.dim), None, None
+        return _scatter_sum(grads[0], ctx.group, ctx.dim), None, None
 
 
 class _ScatterTo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup, dim: int) -> Tensor:
         ctx.group, ctx.dim = group, dim
-        return reduce_scatter(x, group, dim)
+        return _scatter_sum(x, group, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return all_gather(grads[0], ctx.group, ctx.dim), None, None
+        return _gather_pieces(grads[0], ctx.group, ctx.dim), None, None
 
 
 class _Join(torch.autograd.Function):

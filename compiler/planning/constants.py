@@ -67,6 +67,10 @@ TABLE: Mapping[str, Constant] = MappingProxyType(
         "ramp_bytes": _estimate(
             16e6, "bytes", "200 to 250 GB/s of NCCL in collectives of 67 MB, two H100s, 2026-11-25"
         ),
+        "copy_fraction": _measured(
+            357 / 450, "of published", "33.5 MB in 94 µs in a training step, two H100s, symmetric memory, 2026-11-26"
+        ),
+        "barrier_s": _measured(5e-6, "s", "of two ranks' symmetric memory in a training step, median, 2026-11-26"),
         "overlap_cost": _estimate(1.0, "of a link's time", f"as if nothing were hidden; a fit gives 1.8, {RUNS}"),
         "network_fraction": _estimate(0.85, "of published", "bus bandwidth of NCCL rings between nodes"),
         "node_latency_s": _estimate(3e-6, "s/hop", "a hop of a ring within a node"),

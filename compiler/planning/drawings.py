@@ -10,7 +10,7 @@ from archwright.compiler.planning.schedule import Task
 COLOURS = {
     "weights": "#2f6db5", "compute weights": "#86b2e0", "gradients": "#c2533d", "unsharded gradients": "#e39a86",
     "optimizer": "#7a5aa6", "activations": "#3f9166", "working": "#93c9a9", "logits": "#d2a13a", "kv cache": "#3f9166",
-    "context": "#6b6b6b", "nccl": "#949494", "allocator": "#bcbcbc",
+    "windows": "#b58a9e", "context": "#6b6b6b", "nccl": "#949494", "allocator": "#bcbcbc",
 }  # fmt: skip
 _WIDTH = 960
 _MOST_GROUPS, _MOST_TASKS = 64, 4000

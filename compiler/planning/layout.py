@@ -42,6 +42,7 @@ class Layout:
 
     stages: see `Plan.stages`. tied: canonical name of the matrix that embedding and head share, if they do. head: it.
     masked: values of attention masks. reshard: whether FSDP frees a layer's weights between forward and backward.
+    symmetric: whether tensor ranks exchange tokens by copies between their memories.
     """
 
     degrees: Degrees
@@ -54,6 +55,7 @@ class Layout:
     sequence: int
     masked: int
     reshard: bool = True
+    symmetric: bool = False
 
     @property
     def is_sharded(self) -> bool:

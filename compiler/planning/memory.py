@@ -26,7 +26,7 @@ class TrainingMemory:
     weights: masters (float32 under bfloat16). compute_weights: copies in the computation's dtype, made where they are
     used and kept for the backward; with FSDP, what is gathered. gradients: those that are there at that moment.
     unsharded_gradients: FSDP's, before they are reduced. working: what lives only while one layer is computed.
-    context, nccl, allocator: constants of the table.
+    windows: what tensor ranks lend each other. context, nccl, allocator: constants of the table.
     """
 
     moment: str
@@ -38,6 +38,7 @@ class TrainingMemory:
     logits_bytes: int
     working_bytes: int
     unsharded_gradients_bytes: int
+    windows_bytes: int
     context_bytes: int
     nccl_bytes: int
     allocator_bytes: int
@@ -147,6 +148,7 @@ def _fullest(
         moment=moment, weights_bytes=whole.weights_bytes, compute_weights_bytes=most.copies,
         gradients_bytes=most.gradients, optimizer_bytes=whole.optimizer_bytes, activations_bytes=most.activations,
         logits_bytes=most.logits, working_bytes=most.working, unsharded_gradients_bytes=most.unsharded,
+        windows_bytes=_windows_bytes(layout, sequences, BYTES[train.precision]),
         context_bytes=round(found["context_bytes"]), nccl_bytes=round(found["nccl_bytes"] * _communicators(layout)),
         allocator_bytes=round(found[slack] * allocated) + streams,
     )  # fmt: skip
@@ -186,6 +188,15 @@ def _moments(
             unsharded=table_grads if layout.is_sharded else table * wide if layout.tied or there else 0,
         ),
     }  # fmt: skip
+
+
+def _windows_bytes(layout: Layout, sequences: int, compute: int) -> int:
+    """Two halves, each for the rows of the hidden values that a tensor rank adds up for the others."""
+    if not layout.symmetric:
+        return 0
+    degrees, hidden = layout.degrees, layout.head.shape[1]
+    rows = sequences * layout.sequence // degrees.context
+    return 2 * (degrees.tensor - 1) * (rows // degrees.tensor) * hidden * compute
 
 
 def _communicators(layout: Layout) -> int:

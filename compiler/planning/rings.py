@@ -70,6 +70,12 @@ def collective_s(kind: str, whole_bytes: float, group: Group, cluster: Cluster) 
     return sent / bandwidth + slow + delay_s
 
 
+def copied_s(kind: str, whole_bytes: float, group: Group, cluster: Cluster) -> float:
+    """Seconds of an all-gather or a reduce-scatter inside a node as copies between memories, a barrier before them."""
+    bandwidth = cluster.gpu.link_bytes_per_s * cluster.constants["copy_fraction"]
+    return sent_bytes(kind, whole_bytes, group.degree) / bandwidth + cluster.constants["barrier_s"]
+
+
 def link_bytes_per_s(cluster: Cluster) -> float:
     """Of large collectives inside a node."""
     return cluster.gpu.link_bytes_per_s * cluster.constants["nvlink_fraction"]

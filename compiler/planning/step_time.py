@@ -5,7 +5,9 @@ does both. What overlaps: FSDP gathers the next layer's weights and reduces the 
 computes (prefetch of one); what is longer than the computation beside it is exposed, and so are the first gather and
 the last reduction. What is hidden takes multiprocessors and bandwidth from the computation, in proportion to its bytes:
 `overlap_cost` of the time in which a link inside a node would carry them. Collectives of the axes `tensor`, `context`
-and `expert` stand between operations and overlap nothing. Hand-offs between stages delay the receiver only.
+and `expert` stand between operations and overlap nothing, but for gradients that tensor ranks add up by copies:
+compiled layers go on with the gradients of their weights, and copy engines take no multiprocessor from them. Hand-offs
+between stages delay the receiver only.
 """
 
 from collections import defaultdict
@@ -14,7 +16,15 @@ from dataclasses import dataclass, field
 
 from archwright.compiler.planning.kept import Kept
 from archwright.compiler.planning.layout import Layout, ParamSize
-from archwright.compiler.planning.rings import Group, collective_s, groups, link_bytes_per_s, send_s, sent_bytes
+from archwright.compiler.planning.rings import (
+    Group,
+    collective_s,
+    copied_s,
+    groups,
+    link_bytes_per_s,
+    send_s,
+    sent_bytes,
+)
 from archwright.compiler.planning.schedule import Task, alive, orders, simulate
 from archwright.compiler.planning.work import Setting, Work, segment_work
 
@@ -147,10 +157,13 @@ def _blocking(
             continue
         if each.backward == (direction == "backward"):
             group, size = found[each.mesh_axis], each.elements * setting.sequences * setting.compute_bytes
-            seconds = collective_s(each.kind, size, group, setting.cluster)
-            exchanges[each.mesh_axis].add(1, sent_bytes(each.kind, size, group.degree), seconds, seconds)
+            copied = layout.symmetric and each.mesh_axis == "tensor" and each.kind in ("all_gather", "reduce_scatter")
+            seconds = (copied_s if copied else collective_s)(each.kind, size, group, setting.cluster)
+            hidden = copied and setting.compiled and each.backward and each.kind == "reduce_scatter"
+            exposed = 0.0 if hidden else seconds
+            exchanges[each.mesh_axis].add(1, sent_bytes(each.kind, size, group.degree), seconds, exposed)
             copies = 0 if each.kind not in ("all_gather", "reduce_scatter") else 1 + (each.mesh_axis == "context")
-            total_s += seconds + copies * 2 * size / setting.bytes_per_s
+            total_s += exposed + copies * 2 * size / setting.bytes_per_s
     return total_s
 
 

@@ -15,6 +15,7 @@ from archwright.compiler.planning.memory import (
     total_bytes,
     training_memory,
 )
+from archwright.compiler.planning.rings import groups
 from archwright.compiler.planning.step_time import StepTime, step_time
 from archwright.compiler.planning.work import Setting
 from archwright.spec.models import Parallel, Train
@@ -64,11 +65,19 @@ def schedule_of(parallel: Parallel, degrees: Degrees) -> str:
     return parallel.schedule.kind if degrees.pipeline > 1 else "1f1b"
 
 
+def _as_trained(layout: Layout, parallel: Parallel, cluster: Cluster | None) -> Layout:
+    """What the section says beside the degrees. Without a machine, tensor ranks have one host."""
+    degrees = layout.degrees
+    near = cluster is None or groups(degrees)["tensor"].is_within_node(cluster.gpu.node_size)
+    copies = degrees.sequence and degrees.tensor > 1 and near and parallel.symmetric_memory is not False
+    return replace(layout, reshard=parallel.reshard, symmetric=copies)
+
+
 def memory_of(
     layout: Layout, parallel: Parallel, train: Train, cluster: Cluster | None
 ) -> tuple[tuple[Kept, ...], tuple[TrainingMemory, ...]]:
     """What each kind of segment keeps, and the memory of each pipeline rank."""
-    layout = replace(layout, reshard=parallel.reshard)
+    layout = _as_trained(layout, parallel, cluster)
     compiled = train.compile is not False  # auto: on a GPU, and a plan is of GPUs
     kept = kept_by_kind(layout, train, compiled=compiled)
     memory = training_memory(
@@ -80,7 +89,7 @@ def memory_of(
 
 def estimate(layout: Layout, parallel: Parallel, train: Train, cluster: Cluster | None) -> Estimate:
     """Of training the model of a layout on its mesh."""
-    layout = replace(layout, reshard=parallel.reshard)
+    layout = _as_trained(layout, parallel, cluster)
     degrees, muon = layout.degrees, train.optimizer.kind == "muon"
     compute, master = BYTES[train.precision], max(4, BYTES[train.precision])
     compiled, sequences = train.compile is not False, sequences_of(train, degrees)

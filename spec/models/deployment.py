@@ -39,6 +39,8 @@ class Parallel(Node):
     """Ranks that share each matrix product, and the vocabulary (Shoeybi et al. 2019)."""
     sequence: bool = False
     """Between the matrices, tensor ranks share the sequence instead of all holding it (Korthikanti et al. 2022)."""
+    symmetric_memory: bool | Literal["auto"] = "auto"
+    """With `sequence`: tokens travel by copies between GPUs' memories. auto: where they can; by NCCL otherwise."""
     pipeline: Degree = 1
     """Ranks that each hold some of the layers."""
     schedule: Schedule = OneForwardOneBackward(kind="1f1b")

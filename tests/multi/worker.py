@@ -1,7 +1,9 @@
 """One process of a world that trains under several plans, one after the other. Requests come in as JSON lines, each
 answered with one: what the training told of itself.
 
-python -m tests.multi.worker RANK WORLD RENDEZVOUS_FILE [cpu|cuda]
+python -m tests.multi.worker RANK WORLD RENDEZVOUS_FILE [cpu|cuda|lent]
+
+lent: on CPUs, whose tensor ranks exchange tokens as those on GPUs do.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from archwright.compiler.distributed import symmetric
 from archwright.compiler.distributed.gathering import Part, gather_all
 from archwright.spec import load
 from archwright.trainers import loop
@@ -25,6 +28,7 @@ from archwright.trainers.launch import World, check_world
 from archwright.trainers.loop import Trainer, accumulate, assemble_trainer
 from archwright.trainers.optimizer import clipping, make_optimizer
 from archwright.trainers.run_folder import Start
+from tests.compiler.distributed.lent import open_in_files
 from tests.multi.plans import BASE
 
 NUM_SAMPLES = 61
@@ -68,6 +72,7 @@ def run(overrides: dict[str, Any], steps: int, world: World, device: torch.devic
     # Lists of tensors, not one by one: what breaks where plain tensors and DTensors are mixed.
     optimizer = make_optimizer(trainer.model, train.optimizer, foreach=True)
     found: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "initial": hashes(trainer)}
+    found["windows"] = len(symmetric._WINDOWS)
     for step in range(steps):
         batch = training_batch(samples, train.seed, step, train.batch_size, trainer.share)
         loss, _ = accumulate(trainer, batch)
@@ -78,6 +83,21 @@ def run(overrides: dict[str, Any], steps: int, world: World, device: torch.devic
         found["norms"].append(norm.item())
         found["losses"].append(loss.item())
     return found
+
+
+def lend_from(folder: Path) -> None:
+    """Open windows in files where a training on GPUs would open them in the GPUs' memory."""
+    folder.mkdir(exist_ok=True)
+
+    def opened(group: dist.ProcessGroup) -> None:
+        open_in_files(group, folder)
+
+    class _Gpu:
+        type = "cuda"
+
+    share = loop._share_memory
+    loop._share_memory = lambda spec, degrees, mesh, device: share(spec, degrees, mesh, _Gpu())  # pyright: ignore
+    loop.open_window = opened  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def full(trainer: Trainer, part: Part) -> dict[str, Any]:
@@ -98,7 +118,7 @@ def parts(trainer: Trainer, part: Part) -> dict[str, list[float]]:
 
 def main(rank: int, size: int, rendezvous: str, device_type: str = "cpu") -> None:
     torch.set_num_threads(1)
-    device = torch.device("cpu") if device_type == "cpu" else torch.device("cuda", rank)
+    device = torch.device("cuda", rank) if device_type == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
@@ -107,6 +127,8 @@ def main(rank: int, size: int, rendezvous: str, device_type: str = "cpu") -> Non
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit)
         # A mesh makes groups, and NCCL's hold memory of the GPU until the process ends.
         loop.make_mesh = cache(loop.make_mesh)
+    if device_type == "lent":
+        lend_from(Path(rendezvous).with_name(f"lent-{size}"))
     world = World(rank=rank, size=size, local_rank=rank, local_size=size)
     for line in sys.stdin:
         request = json.loads(line)

@@ -67,6 +67,9 @@ CASES: dict[str, Case] = {
     ),
     "one_degree_is_auto": Case("SPEC040", {"parallel.tensor": "auto"}, {"parallel.data_shard": 1}),
     "sequence_needs_tensor": Case("SPEC041", {"parallel.sequence": True}, {"parallel.sequence": False}),
+    "symmetric_memory_needs_sequence": Case(
+        "SPEC050", {"parallel.symmetric_memory": True}, {"parallel.symmetric_memory": "auto"}
+    ),
     "ring_needs_context": Case("SPEC049", {"parallel.ring": True}, {"parallel.ring": False}),
     "ring_attends_causally": Case(
         "SPEC049",
