@@ -108,19 +108,18 @@ def _share_memory(spec: Spec, degrees: Degrees, mesh: Mesh | None, device: torch
     if mesh is None or degrees.tensor == 1:
         return ()
     close_window(mesh.groups["tensor"])
-    if wanted is False or not degrees.sequence:
+    if wanted is False or not degrees.sequence or device.type != "cuda":
         return ()
-    if device.type == "cuda":
-        problem = open_window(mesh.groups["tensor"])
-    elif wanted == "auto":
-        return ()
-    else:
-        problem = "they are not on GPUs"
+    problem = open_window(mesh.groups["tensor"])
     if problem is None:
         return ("tensor ranks exchange tokens by copies between their memories",)
     if wanted == "auto":
         return (f"tensor ranks exchange tokens by NCCL, and not by copies between their memories: {problem}",)
-    raise ArchwrightError(
+    raise no_symmetric_memory(problem)
+
+
+def no_symmetric_memory(problem: str) -> ArchwrightError:
+    return ArchwrightError(
         "TRAIN018",
         f"tensor ranks cannot read each other's memory: {problem}",
         where="parallel.symmetric_memory",

@@ -13,7 +13,7 @@ from archwright.trainers.batches import Conversations, make_samples
 from archwright.trainers.checkpoints import Progress, prune
 from archwright.trainers.console import Reporter
 from archwright.trainers.launch import World, join, leave, lost_peer, share
-from archwright.trainers.loop import Trainer, make_trainer, open_base, run_steps
+from archwright.trainers.loop import Trainer, make_trainer, no_symmetric_memory, open_base, run_steps
 from archwright.trainers.metrics import MetricsWriter
 from archwright.trainers.run_folder import Start, open_inputs, prepare_run, write_model
 
@@ -26,7 +26,7 @@ def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None
     device = device_of(world)
     join(world, device.type)
     try:
-        start = _begin_together(spec, run, world, resume=resume)
+        start = _begin_together(spec, run, world, device, resume=resume)
         inputs = open_inputs(spec)
         progress = start.progress
         if progress.step < inputs.train.steps:
@@ -55,12 +55,12 @@ def train_in_world(spec: Spec, run: Path, world: World, *, resume: bool) -> None
         leave(world)
 
 
-def _begin_together(spec: Spec, run: Path, world: World, *, resume: bool) -> Start:
+def _begin_together(spec: Spec, run: Path, world: World, device: torch.device, *, resume: bool) -> Start:
     """Only the first rank looks at the folders; the others learn where it begins, or that it cannot."""
     start, error = None, None
     if world.main:
         try:
-            start = _begin(spec, run, resume)
+            start = _begin(spec, run, device, resume)
         except (ArchwrightError, OSError) as caught:
             error = caught
     start = share(world, start)
@@ -71,9 +71,11 @@ def _begin_together(spec: Spec, run: Path, world: World, *, resume: bool) -> Sta
     return start
 
 
-def _begin(spec: Spec, run: Path, resume: bool) -> Start:
+def _begin(spec: Spec, run: Path, device: torch.device, resume: bool) -> Start:
     """Everything that can be found wrong is, before the run folder is made."""
     inputs = open_inputs(spec)
+    if spec.parallel.symmetric_memory is True and device.type != "cuda":
+        raise no_symmetric_memory("they are not on GPUs")
     make_samples(inputs.train.kind, inputs.data.train, inputs.train.sequence_length, inputs.train.seed)
     if inputs.train.base is not None and not run.exists():
         open_base(spec, inputs.train.base)

@@ -267,3 +267,13 @@ def test_an_error_during_the_training_is_told_once(spec_file: Path, training: Ov
     assert done.returncode == 1
     assert done.stderr.count("TRAIN015") == 1
     assert "internal" not in done.stderr
+
+
+@pytest.mark.heavy
+def test_copies_that_are_demanded_need_gpus(spec_file: Path, training: Overrides, tmp_path: Path) -> None:
+    settings = {**training, "parallel.tensor": 2, "parallel.sequence": True, "parallel.symmetric_memory": True}
+    done = run_train(spec_file, tmp_path / "run", settings)
+    assert done.returncode == 1
+    assert done.stderr.count("TRAIN018") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -8,16 +8,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from archwright.compiler.distributed import symmetric
 from archwright.compiler.distributed.collectives import gather_from, scatter_to
 from archwright.compiler.distributed.early_copies import EarlyCopies
 from archwright.compiler.distributed.symmetric import FETCH, GATHER, WAIT
+from archwright.compiler.passes import degrees_of
+from archwright.spec import ArchwrightError, load
+from archwright.trainers import loop
 from tests.compiler.distributed.lent import open_in_threads
 
 Tensor = torch.Tensor
@@ -186,6 +191,59 @@ def test_ranks_say_why_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     assert symmetric._obstacle(here, [here, ("a", 1)]) is None
     assert symmetric._obstacle(here, [here, ("b", 1)]) == "they are on several hosts, a and b"
     assert symmetric._obstacle(here, [here, ("a", 1), ("a", 2)]) == "GPU 0 cannot read the memory of GPU 2"
+
+
+@pytest.fixture
+def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.ProcessGroup]:
+    """A world of one process, which takes its GPU for the first one."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    group = dist.group.WORLD
+    assert group is not None
+    yield group
+    dist.destroy_process_group()
+    symmetric._WINDOWS.clear()
+
+
+def test_a_window_that_cannot_be_opened_leaves_none(alone: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise RuntimeError("pidfd_getfd: not permitted\nat some line")
+
+    monkeypatch.setattr(symmetric, "Window", _Unused)
+    assert symmetric.open_window(alone) is None
+    assert symmetric.has_window(alone)
+    monkeypatch.setattr(symmetric, "Window", refuse)
+    assert symmetric.open_window(alone) == "pidfd_getfd: not permitted"
+    assert not symmetric.has_window(alone)
+
+
+@pytest.mark.parametrize("problem", [None, "they are far apart"])
+def test_a_run_says_how_tokens_travel(monkeypatch: pytest.MonkeyPatch, problem: str | None) -> None:
+    opened = list[str]()
+
+    def open_window(group: Rank) -> str | None:
+        opened.append(group.group_name)
+        return problem
+
+    def notes(device: str = "cuda", **parallel: object) -> tuple[str, ...]:
+        overrides = {f"parallel.{name}": value for name, value in {"tensor": 2, **parallel}.items()}
+        spec = load("preset:tiny", overrides)
+        opened.clear()
+        return loop._share_memory(spec, degrees_of(spec.parallel), mesh, torch.device(device))  # pyright: ignore
+
+    monkeypatch.setattr(loop, "open_window", open_window)
+    mesh = SimpleNamespace(groups={"tensor": Rank(0, 2)})
+    assert notes() == notes(sequence=True, symmetric_memory=False) == notes("cpu", sequence=True) == ()
+    assert not opened
+    copies = "tensor ranks exchange tokens by copies between their memories"
+    nccl = "tensor ranks exchange tokens by NCCL, and not by copies between their memories: they are far apart"
+    assert notes(sequence=True) == (copies if problem is None else nccl,)
+    assert opened == ["thread 0 of 2"]
+    if problem is None:
+        assert notes(sequence=True, symmetric_memory=True) == (copies,)
+    else:
+        with pytest.raises(ArchwrightError, match=r"TRAIN018.*they are far apart"):
+            notes(sequence=True, symmetric_memory=True)
 
 
 @pytest.mark.gpu
