@@ -178,10 +178,12 @@ def reduce_scatter(whole: Tensor, group: ProcessGroup) -> Tensor:
     """[T n, ...] → this rank's rows [n, ...] of the sum, added in at least float32."""
     fetched = WAIT(FETCH(whole, group.group_name))
     own = whole.chunk(group.size())[group.rank()]
-    total = own.to(torch.promote_types(own.dtype, torch.float32))
+    narrow = own.dtype.itemsize < 4
+    total = own.float() if narrow else own
     for part in fetched.unbind():
         total = total + part
-    return total.to(own.dtype)
+    # Never by a cast that changes nothing: torch.compile of 2.11 loses the gradients of a Function that returns one.
+    return total.to(own.dtype) if narrow else total
 
 
 # Not by torch.library.custom_op, whose checks take a processor longer than the copies take the link.

@@ -77,6 +77,15 @@ def test_plan_in_float32(gpus: Worlds, request: pytest.FixtureRequest, model: st
     assert similar >= 0.99999
 
 
+@pytest.mark.parametrize("mesh", ["data_shard 2", "tensor 2", "tensor 2, sequence", "tensor 2, sequence, selective"])
+def test_compiled_plan_in_float32(gpus: Worlds, request: pytest.FixtureRequest, mesh: str) -> None:
+    settings = {**FLOAT32, "train__compile": True}
+    loss, similar = _compared(gpus, request, ("tied", mesh), 10, settings)
+    assert loss <= 1e-5
+    assert similar >= 0.99999
+    assert gpus.train("tied", mesh, 10, **settings)["windows"] == ("sequence" in mesh and DEVICE == "cuda")
+
+
 def test_the_pairs_have_every_model_and_every_mesh() -> None:
     assert {model for model, _ in PAIRS} == MODELS.keys()
     assert {mesh for _, mesh in PAIRS} == {name for name, mesh in MESHES.items() if mesh.processes == 2}
