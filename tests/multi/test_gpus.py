@@ -83,7 +83,7 @@ def test_compiled_plan_in_float32(gpus: Worlds, request: pytest.FixtureRequest, 
     loss, similar = _compared(gpus, request, ("tied", mesh), 10, settings)
     assert loss <= 1e-5
     assert similar >= 0.99999
-    assert gpus.train("tied", mesh, 10, **settings)["windows"] == ("sequence" in mesh and DEVICE == "cuda")
+    assert gpus.train("tied", mesh, 10, **settings)["window"] == ("sequence" in mesh and DEVICE == "cuda")
 
 
 def test_the_pairs_have_every_model_and_every_mesh() -> None:

@@ -72,7 +72,8 @@ def run(overrides: dict[str, Any], steps: int, world: World, device: torch.devic
     # Lists of tensors, not one by one: what breaks where plain tensors and DTensors are mixed.
     optimizer = make_optimizer(trainer.model, train.optimizer, foreach=True)
     found: dict[str, Any] = {"losses": [], "norms": [], "gradients": [], "initial": hashes(trainer)}
-    found["windows"] = len(symmetric._WINDOWS)
+    groups = {} if trainer.model.mesh is None else trainer.model.mesh.groups
+    found["window"] = "tensor" in groups and symmetric.has_window(groups["tensor"])
     for step in range(steps):
         batch = training_batch(samples, train.seed, step, train.batch_size, trainer.share)
         loss, _ = accumulate(trainer, batch)
