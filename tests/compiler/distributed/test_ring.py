@@ -3,7 +3,6 @@
 import queue
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 
 from archwright.compiler.distributed import ring
 from archwright.compiler.distributed.context import fill_for_flash, positions_of
+from tests.compiler.distributed.ranks import Rank
 
 Tensor = torch.Tensor
 LENGTH = 64
@@ -21,20 +21,6 @@ CASES = [
     pytest.param("cuda", torch.float32, 1e-5, marks=GPU),
     pytest.param("cuda", torch.bfloat16, 2e-2, marks=GPU),
 ]
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What the operators ask of a process group."""
-
-    number: int
-    degree: int
-
-    def rank(self) -> int:
-        return self.number
-
-    def size(self) -> int:
-        return self.degree
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,27 +23,10 @@ from archwright.compiler.passes import degrees_of
 from archwright.spec import ArchwrightError, load
 from archwright.trainers import loop
 from tests.compiler.distributed.lent import open_in_threads
+from tests.compiler.distributed.ranks import Rank
 
 Tensor = torch.Tensor
 ROOT = Path(__file__).resolve().parents[3]
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What is asked of a process group."""
-
-    number: int
-    degree: int
-
-    @property
-    def group_name(self) -> str:
-        return f"thread {self.number} of {self.degree}"
-
-    def rank(self) -> int:
-        return self.number
-
-    def size(self) -> int:
-        return self.degree
 
 
 @pytest.fixture
